@@ -1,0 +1,1 @@
+"""What sloth-plugins ships: architectures as data, replacement forwards, kernels."""

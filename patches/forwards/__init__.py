@@ -1,0 +1,1 @@
+"""Replacements for upstream forwards: each is a factory `(original) -> forward`."""

@@ -1,0 +1,1 @@
+"""Faster fine-tuning of open language models by one environment flag."""

@@ -1,0 +1,1 @@
+"""The demo: a small Llama trained on text made on the spot, stock against patched."""
