@@ -1,0 +1,194 @@
+"""What an extension declares: architectures, patches and where a decoder layer keeps its parts.
+
+Everything here is data, frozen and validated when it is built, so a mistake in a plugin is found when the plugin
+is loaded and not in the middle of a training run.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+OBJECT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+ATTRIBUTE_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+class SpecError(ValueError):
+    """A declaration that cannot be meant: the message quotes the field and its value."""
+
+
+def _must_match(pattern: re.Pattern[str], owner: str, field_name: str, value: object, hint: str) -> None:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise SpecError(f"{owner}: {field_name}={value!r} is not {hint}")
+
+
+def _check_requirements(owner: str, requires: tuple[str, ...]) -> None:
+    if isinstance(requires, str) or not all(isinstance(text, str) for text in requires):
+        raise SpecError(f"{owner}: requires={requires!r} is not a tuple of PEP 508 strings")
+    for text in requires:
+        try:
+            Requirement(text)
+        except InvalidRequirement as error:
+            first_line = str(error).splitlines()[0]
+            raise SpecError(f"{owner}: requires={text!r} is not a PEP 508 requirement: {first_line}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Supported:
+    """The patch is tested on every version of the compat matrix that its requirements admit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experimental:
+    """The patch works where it was tried; `note` says what is not known yet."""
+
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """The patch never applies; `reason` says why it is listed all the same."""
+
+    reason: str
+
+
+Status = Supported | Experimental | Unsupported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """One replacement of one upstream forward or function.
+
+    `target` is the upstream class whose `forward` is replaced (`"package.module:Class"`), or a module-level function
+    (`"package.module:function"`); for a function, `within` names the class whose `forward` calls it, and only calls
+    made from patched instances of that class see the replacement. `replacement` is `"module:factory"`; the factory
+    gets the original callable and returns the new one, which must accept every call that the original accepts.
+    `where` maps config attributes (dotted for nested ones) to the values that the patch is written for. `requires`
+    holds PEP 508 strings. A patch with `default=False` runs only when it is selected by name.
+    """
+
+    name: str
+    target: str
+    replacement: str
+    within: str | None = None
+    requires: tuple[str, ...] = ()
+    where: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    status: Status = Supported()
+    default: bool = True
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        owner = f"Patch {self.name!r}"
+        _must_match(NAME, owner, "name", self.name, "a lower-case name such as 'rms_norm'")
+        _must_match(OBJECT_PATH, owner, "target", self.target, "'package.module:Class' or 'package.module:function'")
+        _must_match(OBJECT_PATH, owner, "replacement", self.replacement, "'package.module:factory'")
+        if self.within is not None:
+            _must_match(OBJECT_PATH, owner, "within", self.within, "'package.module:Class'")
+        _check_requirements(owner, self.requires)
+        for key, values in self.where.items():
+            _must_match(ATTRIBUTE_PATH, owner, "where", key, "a config attribute such as 'hidden_act'")
+            if not isinstance(values, tuple) or not values:
+                raise SpecError(f"{owner}: where[{key!r}]={values!r} is not a tuple of the values it is written for")
+        if not isinstance(self.status, Supported | Experimental | Unsupported):
+            raise SpecError(
+                f"{owner}: status={self.status!r} is not Supported(), Experimental(note) or Unsupported(reason)"
+            )
+        object.__setattr__(self, "where", MappingProxyType(dict(self.where)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayout:
+    """Where a decoder layer keeps its parts, as attribute paths below the layer, and how it combines them.
+
+    A part that a family does not have is None. Projections are either separate (`q`, `k`, `v`; `gate`, `up`) or fused
+    (`qkv`; `gate_up`), never both. `norm_offset` is what the family adds to a norm's weight (1.0 in Gemma), and
+    `norm_cast` says whether the normalised row is rounded to the input's dtype before or after the weight is applied.
+    `softcap` and `sliding_window` name config attributes.
+    """
+
+    layer: str
+    attention_norm: str | None
+    mlp_norm: str | None
+    o: str
+    down: str
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    qkv: str | None = None
+    gate: str | None = None
+    up: str | None = None
+    gate_up: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    norm_cast: Literal["before_weight", "after_weight"] = "before_weight"
+    rotary: Literal["half", "partial_half"] | None = "half"
+    residual: Literal["sequential", "parallel"] = "sequential"
+    softcap: str | None = None
+    sliding_window: str | None = None
+
+    _CHOICES = MappingProxyType(
+        {
+            "activation": ("silu", "gelu_tanh", "gelu"),
+            "norm": ("rms", "layer"),
+            "norm_cast": ("before_weight", "after_weight"),
+            "rotary": ("half", "partial_half", None),
+            "residual": ("sequential", "parallel"),
+        }
+    )
+
+    def __post_init__(self) -> None:
+        owner = f"BlockLayout of {self.layer!r}"
+        _must_match(OBJECT_PATH, owner, "layer", self.layer, "'package.module:Class'")
+        for part in self.__dataclass_fields__:
+            value = getattr(self, part)
+            if isinstance(value, str) and part != "layer" and part not in self._CHOICES:
+                _must_match(ATTRIBUTE_PATH, owner, part, value, "an attribute path such as 'self_attn.q_proj'")
+        for choice, allowed in self._CHOICES.items():
+            if getattr(self, choice) not in allowed:
+                raise SpecError(f"{owner}: {choice}={getattr(self, choice)!r} is not one of {allowed}")
+        separate = (self.q, self.k, self.v)
+        if (self.qkv is None) == (None in separate) or (self.qkv is not None and any(separate)):
+            raise SpecError(f"{owner}: give either q, k and v, or qkv")
+        if (self.up is None) == (self.gate_up is None) or (self.gate is not None and self.up is None):
+            raise SpecError(f"{owner}: give either up (with gate where there is one) or gate_up")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchitectureSpec:
+    """One model family: which `config.model_type`s it covers and which patches it has.
+
+    `tiny` overrides config attributes so that a model of the family is small enough for a test; the contract and
+    parity tests run on every architecture that declares it.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    patches: tuple[Patch, ...]
+    layout: BlockLayout | None = None
+    requires: tuple[str, ...] = ()
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        owner = f"ArchitectureSpec {self.name!r}"
+        _must_match(NAME, owner, "name", self.name, "a lower-case name such as 'llama'")
+        if isinstance(self.model_types, str) or not self.model_types:
+            raise SpecError(f"{owner}: model_types={self.model_types!r} is not a tuple of config.model_type values")
+        if not all(isinstance(patch, Patch) for patch in self.patches):
+            raise SpecError(f"{owner}: patches={self.patches!r} holds something that is not a Patch")
+        names = [patch.name for patch in self.patches]
+        for name in names:
+            if names.count(name) > 1:
+                raise SpecError(f"{owner}: declares patch {name!r} {names.count(name)} times")
+        if self.layout is not None and not isinstance(self.layout, BlockLayout):
+            raise SpecError(f"{owner}: layout={self.layout!r} is not a BlockLayout")
+        _check_requirements(owner, self.requires)
+        object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))

@@ -1,0 +1,93 @@
+"""What the runtime tells an extension: the environment, the plan for a model, and what came of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from .model import Patch
+
+TritonState = Literal["compiled", "interpreter", "no device", "not installed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """This process: versions by distribution name, devices, Triton's state and the place in a distributed run."""
+
+    python: str
+    platform: str
+    versions: Mapping[str, str]
+    devices: tuple[str, ...]
+    capability: tuple[int, int] | None
+    triton: TritonState
+    rank: int
+    world_size: int
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process speaks for all of them."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Why a patch does not apply: in words, and where it is a matter of versions or settings, as two values."""
+
+    reason: str
+    required: str = ""
+    found: str = ""
+
+    def __str__(self) -> str:
+        """One line for a table."""
+        if self.required:
+            return f"{self.reason}: needs {self.required}, found {self.found}"
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanItem:
+    """What is meant to happen to one patch; `skip` is None where it is to be applied.
+
+    `selected` says whether the selection asks for it, `named` whether the user wrote its name, in which case a
+    skip is an error.
+    """
+
+    architecture: str
+    patch: Patch
+    selected: bool
+    named: bool = False
+    skip: Skip | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """All patches of one model's architectures, in the order in which they apply. Hooks may change `items`."""
+
+    items: list[PlanItem]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of one patch on one model: `modules` counts the instances that run the replacement."""
+
+    architecture: str
+    patch: str
+    state: Literal["applied", "skipped", "off"]
+    modules: int = 0
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All outcomes for one model. `unknown` holds model types that no architecture covers."""
+
+    environment: Environment
+    selection: str
+    outcomes: tuple[Outcome, ...]
+    unknown: tuple[str, ...] = ()
+    changed: int = 0
+
+    @property
+    def applied(self) -> tuple[Outcome, ...]:
+        """The outcomes with at least one patched module."""
+        return tuple(outcome for outcome in self.outcomes if outcome.state == "applied")

@@ -1,0 +1,212 @@
+"""Apply and revert: the only code that changes somebody else's object.
+
+An instance is patched by giving it a generated subclass of its own class, with the same name, whose `forward` is the
+replacement. Nothing is stored on the instance, so `state_dict`, `isinstance` and hooks are as before, a deep copy
+stays patched, and reverting is giving the class back. A pickle holds the original class, so that it loads where this
+package is not installed.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+
+from .errors import SlothError
+from .resolving import Binding
+
+MARK = "_sloth_patched"
+
+
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """What a generated class remembers: the class it stands for, and the bindings it runs."""
+
+    original: type
+    bindings: tuple[Binding, ...]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells two generated classes of one original apart."""
+        return _key(self.bindings)
+
+
+def _key(bindings: Iterable[Binding]) -> tuple[str, ...]:
+    return tuple(f"{binding.patch.target}={binding.patch.replacement}" for binding in bindings)
+
+
+def patched(module: torch.nn.Module) -> Patched | None:
+    """What is applied to a module, or None. Sees through a class that a sharding wrapper derived from ours."""
+    return getattr(type(module), MARK, None)
+
+
+def _deepcopy(self: torch.nn.Module, memo: dict[int, Any]) -> torch.nn.Module:
+    duplicate: torch.nn.Module = type(self).__new__(type(self))
+    memo[id(self)] = duplicate
+    duplicate.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]  # torch's
+    _hold(duplicate)
+    return duplicate
+
+
+def _copy(self: torch.nn.Module) -> torch.nn.Module:
+    duplicate: torch.nn.Module = type(self).__new__(type(self))
+    duplicate.__dict__.update(self.__dict__)
+    _hold(duplicate)
+    return duplicate
+
+
+def _reduce_to(original: type) -> Callable[[torch.nn.Module, Any], Any]:
+    reduce_ex: Callable[..., Any] = original.__reduce_ex__
+
+    def __reduce_ex__(self: torch.nn.Module, protocol: Any) -> Any:
+        constructor, arguments, *rest = reduce_ex(self, protocol)
+        generated = next(kind for kind in type(self).__mro__ if MARK in vars(kind))
+        return constructor, tuple(original if item is generated else item for item in arguments), *rest
+
+    return __reduce_ex__
+
+
+_generated: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def _generate(original: type, bindings: tuple[Binding, ...]) -> type:
+    """The subclass of `original` that runs `bindings`; made once for each combination."""
+    key = (original, _key(bindings))
+    known = _generated.get(key)
+    if known is not None and getattr(known, MARK).bindings == bindings:
+        return known
+    forward: Callable[..., Any] = original.forward  # type: ignore[attr-defined]  # only classes with one are bound
+    for binding in bindings:
+        forward = binding.wrap(forward)
+    members: dict[str, Any] = {
+        "forward": forward,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce_to(original),
+        MARK: Patched(original, bindings),
+    }
+    if not hasattr(original, "__deepcopy__"):
+        members["__deepcopy__"] = _deepcopy
+    if not hasattr(original, "__copy__"):
+        members["__copy__"] = _copy
+    _generated[key] = type(original)(original.__name__, (original,), members)
+    return _generated[key]
+
+
+def _hold(module: torch.nn.Module) -> None:
+    state = patched(module)
+    for binding in state.bindings if state else ():
+        if binding.scoped is not None:
+            binding.scoped.hold(module)
+
+
+def _release(module: torch.nn.Module, state: Patched) -> None:
+    for binding in state.bindings:
+        if binding.scoped is not None:
+            binding.scoped.release(module)
+
+
+def _swap(module: torch.nn.Module, kind: type) -> None:
+    """Give a module another class, with the bound forwards that accelerate's hooks or upstream's capture keep in it."""
+    before = patched(module)
+    old_forward = type(module).forward
+    for name in ("forward", "_old_forward"):
+        bound = vars(module).get(name)
+        if isinstance(bound, MethodType) and bound.__func__ is old_forward:
+            vars(module)[name] = MethodType(kind.forward, module)  # type: ignore[attr-defined]  # a module class
+    module.__class__ = kind
+    if before is not None:
+        _release(module, before)
+    _hold(module)
+
+
+def _foreign(module: torch.nn.Module, binding: Binding, original: type) -> str | None:
+    """Who else has replaced this module's forward, or None if it is upstream's own."""
+    if original.forward is not binding.kind.forward:  # type: ignore[attr-defined]  # both are module classes
+        return f"{original.__module__}.{original.__qualname__} has its own forward"
+    state = vars(module)
+    slot = "_old_forward" if "_hf_hook" in state else "forward"
+    held = state.get(slot)
+    if held is None or (isinstance(held, MethodType) and held.__func__ is type(module).forward):
+        return None
+    function = getattr(held, "func", held)
+    return f"forward already replaced by {getattr(function, '__module__', type(function).__module__)}"
+
+
+@dataclass(slots=True)
+class Survey:
+    """What one binding finds in a model: module names it can run in, and refusals with their counts."""
+
+    binding: Binding
+    modules: list[str] = field(default_factory=list)
+    refusals: Counter[str] = field(default_factory=Counter)
+    refused_example: str = ""
+
+
+Check = Callable[[Binding, torch.nn.Module], str | None]
+
+
+def survey(model: torch.nn.Module, bindings: Iterable[Binding], check: Check) -> tuple[list[Survey], dict[str, Any]]:
+    """Which modules each binding can run in, and the wanted `(module, bindings)` by module name. Changes nothing.
+
+    `check` is asked for each module that is otherwise fine and may refuse with a reason.
+    """
+    surveys = [Survey(binding) for binding in bindings]
+    wanted: dict[str, tuple[torch.nn.Module, list[Binding]]] = {}
+    for name, module in model.named_modules():
+        state = patched(module)
+        original = state.original if state else type(module)
+        found: list[Binding] = []
+        for result in surveys:
+            if not issubclass(original, result.binding.kind):
+                continue
+            refusal = _foreign(module, result.binding, original) or check(result.binding, module)
+            if refusal is None:
+                result.modules.append(name)
+                found.append(result.binding)
+            else:
+                result.refusals[refusal] += 1
+                result.refused_example = result.refused_example or name
+        if found or state:
+            wanted[name] = (module, found)
+    return surveys, wanted
+
+
+def apply(wanted: Iterable[tuple[torch.nn.Module, list[Binding]]]) -> int:
+    """Bring each module to exactly its bindings; returns how many changed.
+
+    All or nothing: whatever interrupts it, a keyboard interrupt too, the modules changed so far get their class back.
+    """
+    done: list[tuple[torch.nn.Module, type]] = []
+    try:
+        for module, bindings in wanted:
+            state = patched(module)
+            if (state.bindings if state else ()) == tuple(bindings):
+                continue
+            if state is not None and MARK not in vars(type(module)):
+                raise SlothError(
+                    f"{type(module).__qualname__} was sharded or wrapped after it was patched; "
+                    "revert before accelerator.prepare or fully_shard"
+                )
+            original = state.original if state else type(module)
+            done.append((module, type(module)))
+            _swap(module, _generate(original, tuple(bindings)) if bindings else original)
+    except BaseException:
+        for module, kind in reversed(done):
+            _swap(module, kind)
+        raise
+    return len(done)
+
+
+def patched_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Every module of a model that runs a replacement."""
+    return (module for module in model.modules() if patched(module) is not None)
+
+
+def revert(model: torch.nn.Module) -> int:
+    """Give every module its class back; returns how many had been patched. Raises `SlothError` after sharding."""
+    return apply([(module, []) for module in patched_modules(model)])

@@ -1,0 +1,136 @@
+"""The command line: list, plan, doctor, verify, demo. A user's mistake is one line and exit code 2."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from .discovery import Plugins, plugins
+from .errors import SlothError
+from .selection import VARIABLE, parse
+
+app = typer.Typer(
+    help="Faster fine-tuning by one environment flag: SLOTH_PLUGINS=1 accelerate launch train.py",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Model = Annotated[str, typer.Option("--model", help="a folder, a config.json, or a hub id", show_default=False)]
+Select = Annotated[
+    str | None, typer.Option("--select", help=f"as {VARIABLE}; defaults to it, or to 1", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+# Set aside by `main`, since importing torch would otherwise activate the patches in this process.
+_flag: str | None = None
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except SlothError as error:
+        err.print(f"sloth-plugins: {error}", markup=False)
+        raise typer.Exit(2) from None
+
+
+def _selection(given: str | None) -> str:
+    text = given if given is not None else (_flag or "1")
+    parse(text)
+    return text
+
+
+def _say_problems(known: Plugins) -> None:
+    for problem in known.problems:
+        err.print(f"sloth-plugins: {problem}", markup=False)
+
+
+@app.command("list")
+def list_patches(as_json: Json = False) -> None:
+    """Show every architecture, its patches, and what each needs."""
+    from .listing import as_json_text, rows
+    from .report import columns
+
+    known = plugins()
+    if as_json:
+        out.print(as_json_text(known), markup=False)
+    else:
+        header = ("architecture", "model types", "patch", "needs", "state", "what it does")
+        out.print("\n".join(columns([header, *rows(known)])), markup=False)
+    _say_problems(known)
+
+
+@app.command()
+def plan(model: Model, select: Select = None, as_json: Json = False) -> None:
+    """Show what would be patched in a model here, and why not the rest. Reads only its config.json."""
+    with _one_line():
+        from . import report
+        from .inspection import dry_run
+
+        result = dry_run(model, _selection(select))
+    out.print(report.as_json(result) if as_json else report.text(result), markup=False)
+    _say_problems(plugins())
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, Triton's state and conflicts, and run every kernel against its reference."""
+    from .doctor import examine_installation
+
+    healthy = examine_installation(out)
+    _say_problems(plugins())
+    if not healthy or plugins().problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    model: Model,
+    select: Select = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16")] = "auto",
+    tokens: Annotated[int, typer.Option(min=2, help="sequence length of the random batch")] = 128,
+    seed: Annotated[int, typer.Option(help="of the random batch")] = 0,
+) -> None:
+    """Compare losses and gradients of a model, patched against stock, on one random batch."""
+    with _one_line():
+        from .verification import print_verdict, verify_model
+
+        verdict = verify_model(model, _selection(select), dtype=dtype, tokens=tokens, seed=seed)
+    print_verdict(verdict, out)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="where results go")] = Path("demo-output"),
+    force: Annotated[bool, typer.Option("--force", help="write into a folder that is not a demo's")] = False,
+) -> None:
+    """Fine-tune a small Llama with LoRA and QLoRA, stock against patched, on text made on the spot."""
+    from .demo.run import main as run_demo
+
+    raise typer.Exit(run_demo(folder, force=force))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__)
+
+
+def main() -> None:
+    """Entry point of `sloth-plugins`."""
+    global _flag
+    _flag = os.environ.pop(VARIABLE, None)
+    from .activation import deactivate
+
+    deactivate()
+    app()

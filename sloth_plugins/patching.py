@@ -1,0 +1,135 @@
+"""`patch(model)` and `revert(model)`: from a model and a selection to a report."""
+
+import os
+import time
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sloth_plugins.registry import ArchitectureSpec, Outcome, PlanItem, Report, Skip
+
+from . import application
+from .discovery import Plugins, plugins
+from .environment import probe
+from .errors import SlothError
+from .planning import configs_of, make_plan
+from .resolving import Binding, bind
+from .selection import VARIABLE, Selection, check_names, parse
+
+reverted: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Models that the user reverted: a seam leaves them alone until `patch` is called again."""
+
+
+def default_selection() -> Selection:
+    """What SLOTH_PLUGINS says; everything that is on by default where it is not set."""
+    return parse(os.environ.get(VARIABLE, "1"))
+
+
+def _bind(item: PlanItem) -> tuple[PlanItem, Binding | None]:
+    if not item.selected or item.skip is not None:
+        return item, None
+    bound = bind(item.patch)
+    return (replace(item, skip=bound), None) if isinstance(bound, Skip) else (item, bound)
+
+
+def _refusal_text(result: application.Survey) -> str:
+    reason, _ = result.refusals.most_common(1)[0]
+    others = f", and {len(result.refusals) - 1} other reasons" if len(result.refusals) > 1 else ""
+    return f"{result.refusals.total()} left alone ({result.refused_example}: {reason}{others})"
+
+
+def _outcome(item: PlanItem, result: application.Survey | None, seconds: float) -> Outcome:
+    base = Outcome(architecture=item.architecture, patch=item.patch.name, state="skipped", seconds=seconds)
+    if not item.selected:
+        return replace(base, state="off", reason="not selected")
+    if item.skip is not None:
+        return replace(base, reason=str(item.skip))
+    assert result is not None, "a selected item without a skip has been bound"
+    refused = _refusal_text(result) if result.refusals else ""
+    if result.modules:
+        return replace(base, state="applied", modules=len(result.modules), reason=refused)
+    return replace(base, reason=refused or f"the model has no {result.binding.kind.__qualname__}")
+
+
+def _refuse_if_named(items: list[PlanItem], outcomes: list[Outcome]) -> None:
+    for item, outcome in zip(items, outcomes, strict=True):
+        if item.named and outcome.state == "skipped":
+            raise SlothError(
+                f"{item.architecture}:{item.patch.name} was asked for by name and cannot run: {outcome.reason}; "
+                f"take it out of {VARIABLE} to train without it"
+            )
+
+
+def architectures_of(model: Any, plugins: Plugins) -> tuple[dict[str, tuple[ArchitectureSpec, Any]], tuple[str, ...]]:
+    """The known architectures in a model with their configs, and the model types that nobody covers."""
+    known: dict[str, tuple[ArchitectureSpec, Any]] = {}
+    unknown: dict[str, None] = {}
+    for config in configs_of(model):
+        spec = plugins.architecture_of(config)
+        if spec is None:
+            unknown[config.model_type] = None
+        else:
+            known.setdefault(spec.name, (spec, config))
+    return known, tuple(unknown)
+
+
+def examine(
+    model: torch.nn.Module, selection: Selection | None = None, *, dry: bool = False, known: Plugins | None = None
+) -> Report:
+    """Plan and, unless `dry`, apply. Raises `SlothError` where a patch that was named cannot run."""
+    selection = default_selection() if selection is None else selection
+    known = plugins() if known is None else known
+    check_names(selection, known.catalogue())
+    environment = probe()
+    found, unknown = architectures_of(model, known)
+    start = time.perf_counter()
+    items: list[PlanItem] = []
+    for spec, config in found.values():
+        items += make_plan(spec, config, selection, environment, known).items
+    bound = [_bind(item) for item in items]
+    items = [item for item, _ in bound]
+
+    def check(binding: Binding, module: torch.nn.Module) -> str | None:
+        skip = known.check(binding.patch, module, environment)
+        return None if skip is None else str(skip)
+
+    bindings = [binding for _, binding in bound if binding is not None]
+    surveys, wanted = application.survey(model, bindings, check)
+    by_binding = {id(result.binding): result for result in surveys}
+    seconds = time.perf_counter() - start
+    outcomes = [_outcome(item, by_binding.get(id(binding)), seconds) for item, binding in bound]
+    _refuse_if_named(items, outcomes)
+    changed = 0 if dry else application.apply(wanted.values())
+    report = Report(
+        environment=environment,
+        selection=selection.text,
+        outcomes=tuple(outcomes),
+        unknown=unknown,
+        changed=changed,
+    )
+    if not dry:
+        known.report(report)
+    return report
+
+
+def patch(model: torch.nn.Module, selection: str | None = None) -> Report:
+    """Bring a model to exactly the selected patches, in place.
+
+    `selection` has the form of SLOTH_PLUGINS and defaults to it, or to everything that is on by default. Calling it
+    again with another selection adds and removes; `"off"` is `revert`. Raises `SlothError` for a selection that
+    names something unknown, or a patch that cannot run here.
+    """
+    reverted.discard(model)
+    return examine(model, None if selection is None else parse(selection))
+
+
+def revert(model: torch.nn.Module) -> int:
+    """Give every module of a model its own class back; returns how many had been patched.
+
+    The model stays stock in this process until `patch` is called on it: a Trainer that it enters leaves it alone.
+    """
+    count = application.revert(model)
+    reverted.add(model)
+    return count

@@ -1,0 +1,59 @@
+"""Selection x architecture x environment x config -> Plan: what is meant to happen, and why not the rest."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, PlanItem, Skip, Unsupported, first_unmet
+
+from .discovery import Plugins
+from .selection import Selection, decide
+
+MINIMUM = ("torch>=2.8", "transformers>=4.57.6")
+
+
+def _config_value(config: Any, path: str) -> Any:
+    value = config
+    for attribute in path.split("."):
+        value = value.get(attribute) if isinstance(value, Mapping) else getattr(value, attribute, None)
+    return value
+
+
+def unmet_condition(patch: Patch, spec: ArchitectureSpec, config: Any, environment: Environment) -> Skip | None:
+    """The first thing that keeps a patch from applying to a config in this environment, before any import."""
+    if isinstance(patch.status, Unsupported):
+        return Skip(f"unsupported: {patch.status.reason}")
+    unmet = first_unmet((*MINIMUM, *spec.requires, *patch.requires), environment.versions.get)
+    if unmet is not None:
+        return Skip("version", unmet.required, unmet.found)
+    for path, allowed in patch.where.items():
+        found = _config_value(config, path)
+        if found not in allowed:
+            return Skip(f"config.{path}", " or ".join(map(str, allowed)), str(found))
+    return None
+
+
+def make_plan(
+    spec: ArchitectureSpec, config: Any, selection: Selection, environment: Environment, plugins: Plugins
+) -> Plan:
+    """The plan for one architecture of a model, after every plugin has adjusted it."""
+    items = []
+    for patch in plugins.patches(spec.name):
+        decision = decide(selection, spec.name, patch.name, default=patch.default)
+        item = PlanItem(architecture=spec.name, patch=patch, selected=decision.selected, named=decision.named)
+        if decision.selected:
+            item = replace(item, skip=unmet_condition(patch, spec, config, environment))
+        items.append(item)
+    plan = Plan(items)
+    plugins.adjust_plan(plan, environment)
+    return plan
+
+
+def configs_of(model: Any) -> Iterator[Any]:
+    """Every distinct config with a `model_type` in a model, the outermost first."""
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "model_type", None) and id(config) not in seen:
+            seen.add(id(config))
+            yield config

@@ -1,0 +1,58 @@
+"""A report as text: one table, one line for each patch."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from sloth_plugins.registry import Environment, Outcome, Report
+
+from ._version import __version__
+
+
+def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, each column as wide as its widest cell."""
+    rows = list(rows)
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def environment_line(environment: Environment) -> str:
+    """Device, library versions and number of processes, in one line."""
+    parts = [environment.devices[0] if len(set(environment.devices)) == 1 else ", ".join(environment.devices)]
+    parts += [
+        f"{name} {environment.versions[name]}" for name in ("torch", "transformers") if name in environment.versions
+    ]
+    parts.append(f"triton {environment.triton}")
+    if environment.world_size > 1:
+        parts.append(f"{environment.world_size} processes")
+    return ", ".join(parts)
+
+
+def _row(outcome: Outcome) -> tuple[str, str, str, str]:
+    return f"{outcome.architecture}:{outcome.patch}", str(outcome.modules), outcome.state, outcome.reason
+
+
+def text(report: Report) -> str:
+    """The whole report, for a terminal or a log."""
+    head = f"sloth-plugins {__version__} ({environment_line(report.environment)}), selection {report.selection!r}"
+    lines = [head]
+    if report.outcomes:
+        lines += columns([("patch", "modules", "state", "why"), *map(_row, report.outcomes)])
+    if report.unknown:
+        types = ", ".join(map(repr, report.unknown))
+        lines.append(f"  no architecture covers model type {types}; what is of it stays stock")
+    return "\n".join(lines)
+
+
+def as_json(report: Report) -> str:
+    """The outcomes as JSON, for another program."""
+    return json.dumps(
+        {
+            "selection": report.selection,
+            "outcomes": [asdict(outcome) for outcome in report.outcomes],
+            "unknown": list(report.unknown),
+        },
+        indent=2,
+    )

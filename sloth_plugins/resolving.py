@@ -1,0 +1,127 @@
+"""From a patch's strings to the objects they name, and every reason why that cannot be done."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from sloth_plugins.registry import Patch, Skip
+
+from .errors import nearest
+from .scoped import ScopedFunction, original_of, scoped_function
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A patch with its objects: instances of `kind` get `wrap(forward)` in place of their `forward`."""
+
+    patch: Patch
+    kind: type
+    wrap: Callable[[Forward], Forward]
+    scoped: ScopedFunction | None = None
+
+
+class _Refused(Exception):
+    def __init__(self, skip: Skip) -> None:
+        super().__init__(str(skip))
+        self.skip = skip
+
+
+def _look_up(path: str, field: str) -> tuple[ModuleType, Any]:
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = import_module(module_name)
+    except Exception as error:
+        raise _Refused(Skip(f"{field} {path} cannot be imported ({type(error).__name__}: {error})")) from error
+    try:
+        return module, getattr(module, attribute)
+    except AttributeError as error:
+        hint = nearest(attribute, dir(module))
+        raise _Refused(Skip(f"{field} {path} does not exist{hint}")) from error
+
+
+def _module_of(function: Any) -> str:
+    unwrapped = inspect.unwrap(function)
+    return str(getattr(unwrapped, "__module__", None) or type(unwrapped).__module__)
+
+
+def _class(path: str, field: str) -> type:
+    """The class, provided that it and its forward are upstream's own."""
+    module, kind = _look_up(path, field)
+    if not isinstance(kind, type) or not callable(getattr(kind, "forward", None)):
+        raise _Refused(Skip(f"{field} {path} is not a class with a forward"))
+    if kind.__module__ != module.__name__:
+        raise _Refused(Skip(f"{field} {path} was replaced by {kind.__module__}.{kind.__qualname__}"))
+    defining = next(base for base in kind.__mro__ if "forward" in vars(base))
+    foreign = _module_of(defining.forward)  # type: ignore[attr-defined]  # `forward` is in its vars
+    if foreign != defining.__module__:
+        raise _Refused(Skip(f"{kind.__qualname__}.forward was replaced by {foreign}"))
+    return kind
+
+
+def accepts(replacement: Forward, original: Forward) -> str | None:
+    """None if `replacement` accepts every call that `original` accepts, else what it lacks."""
+    new = inspect.signature(replacement, follow_wrapped=False).parameters
+    kinds = [parameter.kind for parameter in new.values()]
+    any_positional = inspect.Parameter.VAR_POSITIONAL in kinds
+    any_keyword = inspect.Parameter.VAR_KEYWORD in kinds
+    old = inspect.signature(original).parameters
+    positional = [name for name, p in new.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for index, (name, parameter) in enumerate(old.items()):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            missing = not any_positional
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            missing = not any_keyword
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            missing = name not in new and not any_keyword
+        else:
+            in_place = index < len(positional) and positional[index] == name
+            missing = not in_place and not (index >= len(positional) and any_positional and any_keyword)
+        if missing:
+            return f"parameter {name!r}"
+    for name, parameter in new.items():
+        required = parameter.default is parameter.empty
+        if required and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name not in old:
+            return f"a default for its own parameter {name!r}"
+    return None
+
+
+def _make(factory: Any, patch: Patch, original: Forward) -> Forward:
+    try:
+        replacement = factory(original)
+    except Exception as error:
+        reason = f"replacement {patch.replacement} raised {type(error).__name__}: {error}"
+        raise _Refused(Skip(reason)) from error
+    if not callable(replacement):
+        raise _Refused(Skip(f"replacement {patch.replacement} returned {replacement!r}, not a forward"))
+    lacking = accepts(replacement, original)
+    if lacking:
+        raise _Refused(
+            Skip(f"replacement {patch.replacement} does not fit the signature of {patch.target}: it lacks {lacking}")
+        )
+    return replacement  # type: ignore[no-any-return]  # checked to be callable
+
+
+def bind(patch: Patch) -> Binding | Skip:
+    """Resolve a patch's target and replacement; a `Skip` says what is missing or no longer upstream's own."""
+    try:
+        _, factory = _look_up(patch.replacement, "replacement")
+        owner, target = _look_up(patch.target, "target")
+        if isinstance(target, type):
+            kind = _class(patch.target, "target")
+            _make(factory, patch, kind.forward)  # type: ignore[attr-defined]  # `_class` has checked it
+            return Binding(patch, kind, lambda original: _make(factory, patch, original))
+        if patch.within is None:
+            return Skip(f"target {patch.target} is a function, so `within` must name the class that calls it")
+        name = patch.target.partition(":")[2]
+        original = original_of(target)
+        if not inspect.isfunction(original) or _module_of(original) != owner.__name__:
+            return Skip(f"{name} was replaced by {_module_of(original)}")
+        scoped = scoped_function(owner, name, original, patch.replacement, lambda f: _make(factory, patch, f))
+        return Binding(patch, _class(patch.within, "within"), scoped.caller, scoped)
+    except _Refused as refused:
+        return refused.skip
