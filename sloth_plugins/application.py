@@ -7,6 +7,7 @@ package is not installed.
 """
 
 import copy
+import copyreg
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -63,6 +64,9 @@ def _reduce_to(original: type) -> Callable[[torch.nn.Module, Any], Any]:
 
     def __reduce_ex__(self: torch.nn.Module, protocol: Any) -> Any:
         constructor, arguments, *rest = reduce_ex(self, protocol)
+        if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]  # missing in typeshed
+            # pickle insists that __newobj__ gets the object's own class; this equivalent takes any.
+            constructor, arguments = copyreg._reconstructor, (arguments[0], object, None)  # type: ignore[attr-defined]
         generated = next(kind for kind in type(self).__mro__ if MARK in vars(kind))
         return constructor, tuple(original if item is generated else item for item in arguments), *rest
 

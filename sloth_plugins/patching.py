@@ -10,7 +10,7 @@ import torch
 
 from sloth_plugins.registry import ArchitectureSpec, Outcome, PlanItem, Report, Skip
 
-from . import application
+from . import activation, application
 from .discovery import Plugins, plugins
 from .environment import probe
 from .errors import SlothError
@@ -122,6 +122,7 @@ def patch(model: torch.nn.Module, selection: str | None = None) -> Report:
     names something unknown, or a patch that cannot run here.
     """
     reverted.discard(model)
+    activation.a_model_came()
     return examine(model, None if selection is None else parse(selection))
 
 

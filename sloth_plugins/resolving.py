@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,8 @@ class Binding:
 
     patch: Patch
     kind: type
-    wrap: Callable[[Forward], Forward]
+    # Made anew by each `bind`; two bindings of one patch to the same objects are equal.
+    wrap: Callable[[Forward], Forward] = field(compare=False)
     scoped: ScopedFunction | None = None
 
 

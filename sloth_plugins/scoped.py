@@ -26,7 +26,7 @@ class ScopedFunction:
         self.original = original
         self.replacement = replacement
         self._in_scope: ContextVar[bool] = ContextVar(f"sloth_plugins.{owner.__name__}.{name}", default=False)
-        self._holders: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._holders: dict[int, weakref.ref[torch.nn.Module]] = {}
         self._dispatcher = self._make_dispatcher()
 
     def _make_dispatcher(self) -> Function:
@@ -48,13 +48,20 @@ class ScopedFunction:
 
     def hold(self, module: torch.nn.Module) -> None:
         """Install the dispatcher for as long as `module` is patched."""
-        self._holders.add(module)
+        key = id(module)
+        self._holders[key] = weakref.ref(module, lambda _: self._drop(key))
         if getattr(self.owner, self.name) is self.original:
             setattr(self.owner, self.name, self._dispatcher)
 
     def release(self, module: torch.nn.Module) -> None:
-        """Put the original back when the last holder is gone; a function that somebody else has set stays."""
-        self._holders.discard(module)
+        """Put the original back when the last holder is gone, by revert or by garbage collection.
+
+        A function that somebody else has set in the meantime stays.
+        """
+        self._drop(id(module))
+
+    def _drop(self, key: int) -> None:
+        self._holders.pop(key, None)
         if not self._holders and self.is_installed:
             setattr(self.owner, self.name, self.original)
 

@@ -89,7 +89,7 @@ def _step(model: Any, batch: torch.Tensor) -> tuple[float, Gradients]:
         if parameter.grad is not None
     }
     model.zero_grad(set_to_none=True)
-    return float(loss), gradients
+    return loss.item(), gradients
 
 
 def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -108,8 +108,9 @@ def _room_for(model: Any, dtype: torch.dtype) -> bool:
 
 
 def _truth(model: Any, batch: torch.Tensor, dtype: torch.dtype) -> tuple[str, float, Gradients] | None:
-    wide = torch.float64 if dtype is torch.float32 else torch.float32
-    if getattr(model, "is_quantized", False) or not _room_for(model, wide):
+    wider = [wide for wide in (torch.float64, torch.float32) if wide.itemsize > dtype.itemsize]
+    wide = next((wide for wide in wider if _room_for(model, wide)), None)
+    if wide is None or getattr(model, "is_quantized", False):
         return None
     loss, gradients = _step(model.to(wide), batch)
     return str(wide).removeprefix("torch."), loss, gradients

@@ -4,7 +4,7 @@ from sloth_plugins.registry import ArchitectureSpec, BlockLayout, Patch, hookimp
 
 MODELING = "transformers.models.olmo2.modeling_olmo2"
 FORWARDS = "sloth_plugins.patches.forwards"
-TINY = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 
 
 @hookimpl
@@ -31,6 +31,4 @@ def sloth_architectures():
         replacement=f"{FORWARDS}.rope:keep_dtype",
     )
     glu = Patch(name="glu", target=f"{MODELING}:Olmo2MLP", replacement=f"{FORWARDS}.glu:swiglu")
-    yield ArchitectureSpec(
-        name="olmo2", model_types=("olmo2",), patches=(norm, rope, glu), layout=layout, tiny={**TINY, "vocab_size": 96}
-    )
+    yield ArchitectureSpec(name="olmo2", model_types=("olmo2",), patches=(norm, rope, glu), layout=layout, tiny=TINY)

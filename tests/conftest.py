@@ -1,0 +1,21 @@
+"""What several folders of tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(__file__).resolve().parent / "scripts"
+
+# The tests choose for themselves; a flag in the shell must not activate the patches in the test process.
+os.environ.pop("SLOTH_PLUGINS", None)
+
+
+@pytest.fixture(autouse=True)
+def _inactive():
+    """No test leaves the seams open or a module's function replaced."""
+    from sloth_plugins.activation import deactivate
+
+    yield
+    deactivate()
