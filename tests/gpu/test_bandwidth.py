@@ -1,0 +1,144 @@
+"""Each kernel at 4096 tokens of the Llama-8B shape against a plain copy that moves as many bytes in the same run."""
+
+import importlib
+import json
+import os
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from sloth_plugins.patches.kernels import dispatch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WANTED = 0.80
+TOKENS, HIDDEN, FEED, HEADS, KV_HEADS, DIM = 4096, 4096, 14336, 32, 8, 128
+# Every set of buffers is used once before the first comes back: together far more than any L2.
+ROTATION_BYTES = 1 << 30
+REPLAYS = 15
+
+
+def seconds(calls):
+    """Median seconds of one call; the calls run in one CUDA graph, so that no launch waits for the host."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # All results live until the capture ends, so that no two calls write to the same, still cached, memory.
+        results = [call() for call in calls]
+    del results
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / len(calls))
+    return statistics.median(times)
+
+
+def copies(moved):
+    """As many copies as kernels would rotate through, each reading half of `moved` bytes and writing the other half."""
+    half = moved // 2
+    sets = [
+        (torch.zeros(half, dtype=torch.uint8), torch.zeros(half, dtype=torch.uint8))
+        for _ in range(max(2, ROTATION_BYTES // moved))
+    ]
+    return [lambda dst=dst, src=src: dst.copy_(src) for dst, src in sets]
+
+
+def bf16(*shape):
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def rms_norm_fwd(kernels):
+    x, w = bf16(TOKENS, HIDDEN), bf16(HIDDEN)
+    return lambda: kernels.rms_norm_fwd(x, w, 1e-5, 0.0, True)
+
+
+def rms_norm_bwd(kernels, need_dw):
+    x, dy, w = bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), bf16(HIDDEN)
+    rstd, dx = torch.ones(TOKENS), torch.empty_like(x)
+    return lambda: kernels.rms_norm_bwd(dy, x, w, rstd, 0.0, True, dx, need_dw)
+
+
+def heads(n):
+    return bf16(2, TOKENS // 2, n * DIM).view(2, TOKENS // 2, n, DIM).transpose(1, 2)
+
+
+def rope_fwd(kernels):
+    q, k, cos, sin = heads(HEADS), heads(KV_HEADS), bf16(1, TOKENS // 2, DIM), bf16(1, TOKENS // 2, DIM)
+    return lambda: kernels.rope_fwd(q, k, cos, sin, 1, False)
+
+
+def rope_bwd(kernels):
+    q, k, cos, sin = heads(HEADS), heads(KV_HEADS), bf16(1, TOKENS // 2, DIM), bf16(1, TOKENS // 2, DIM)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    return lambda: kernels.rope_bwd(q, k, cos, sin, 1, dq, dk)
+
+
+def swiglu_fwd(kernels):
+    gate, up = bf16(TOKENS, FEED), bf16(TOKENS, FEED)
+    return lambda: kernels.swiglu_fwd(gate, up)
+
+
+def swiglu_bwd(kernels):
+    dy, gate, up = bf16(TOKENS, FEED), bf16(TOKENS, FEED), bf16(TOKENS, FEED)
+    return lambda: kernels.swiglu_bwd(dy, gate, up, gate, up)
+
+
+HIDDEN_BYTES, FEED_BYTES = 2 * TOKENS * HIDDEN, 2 * TOKENS * FEED
+HEAD_BYTES, TABLE_BYTES = 2 * TOKENS * (HEADS + KV_HEADS) * DIM, 2 * TOKENS * DIM
+# name: (module, one more set of buffers and a call on them, bytes that any implementation must move)
+CASES = {
+    "rms_norm fwd": ("rms_norm", rms_norm_fwd, 2 * HIDDEN_BYTES + 2 * HIDDEN + 4 * TOKENS),
+    "rms_norm bwd, frozen weight": (
+        "rms_norm",
+        lambda kernels: rms_norm_bwd(kernels, False),
+        3 * HIDDEN_BYTES + 2 * HIDDEN + 4 * TOKENS,
+    ),
+    "rms_norm bwd, trained weight": (
+        "rms_norm",
+        lambda kernels: rms_norm_bwd(kernels, True),
+        3 * HIDDEN_BYTES + 4 * HIDDEN + 4 * TOKENS,
+    ),
+    "rope fwd": ("rope", rope_fwd, 2 * HEAD_BYTES + TABLE_BYTES),
+    "rope bwd": ("rope", rope_bwd, 2 * HEAD_BYTES + TABLE_BYTES),
+    "swiglu fwd": ("swiglu", swiglu_fwd, 3 * FEED_BYTES),
+    "swiglu bwd": ("swiglu", swiglu_bwd, 5 * FEED_BYTES),
+}
+
+
+def record(row):
+    folder = os.environ.get("OUT")
+    if folder:
+        path = Path(folder, "bandwidth.json")
+        rows = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps([*rows, row], indent=1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bandwidth(name, capsys):
+    op, make, moved = CASES[name]
+    with torch.device("cuda"):
+        assert dispatch.backend_for(torch.ones(1)) == "triton"
+        # Late: the kernel modules exist only where triton does.
+        kernels = importlib.import_module(f"sloth_plugins.patches.kernels.{op}")
+        calls = [make(kernels) for _ in range(max(2, ROTATION_BYTES // moved))]
+        ours = seconds(calls)
+        del calls
+        plain = seconds(copies(moved))
+    torch.cuda.empty_cache()
+    row = {"kernel": name, "us": ours * 1e6, "GB/s": moved / ours / 1e9, "copy GB/s": moved / plain / 1e9}
+    row["of copy"] = plain / ours
+    record(row)
+    with capsys.disabled():
+        print(
+            f"\n{name:30s} {row['us']:8.1f} us {row['GB/s']:7.0f} GB/s, "
+            f"copy {row['copy GB/s']:5.0f} GB/s, {row['of copy']:.2f}"
+        )
+    assert plain / ours >= WANTED

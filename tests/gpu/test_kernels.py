@@ -1,0 +1,262 @@
+"""The Triton kernels on a GPU at real shapes, held to the same tolerance as in tests/kernels."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # accuracy.py and upstream.py live there
+
+import upstream
+from accuracy import check
+from sloth_plugins.patches.kernels import dispatch, ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("_on_gpu"),
+]
+
+EPS = 1e-5
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOKENS = 2048
+# hidden, feed-forward, q heads, kv heads, head dim
+MODELS = {"1B": (2048, 8192, 32, 8, 64), "8B": (4096, 14336, 32, 8, 128), "70B": (8192, 28672, 64, 8, 128)}
+NORMS = {
+    "llama": {},
+    "olmo2": {"cast_before_weight": False},
+    "gemma": {"cast_before_weight": False, "offset": 1.0},
+}
+
+
+@pytest.fixture
+def _on_gpu(monkeypatch):
+    """Tensors are made on the GPU, and fresh memory is full of NaN, so that nothing unwritten passes."""
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            fresh = allocate(*args, **kwargs)
+            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+        return allocated
+
+    torch.manual_seed(0)
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    with torch.device("cuda"):
+        yield
+    torch.cuda.empty_cache()
+
+
+def norm_inputs(*shape, dtype):
+    return torch.randn(shape).to(dtype), (1 + 0.2 * torch.randn(shape[-1])).to(dtype)
+
+
+def tables(batch, seq, rotated, dtype=torch.float32):
+    angles = torch.randn(batch, seq, rotated)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def compare_rotary(view, leaves, cos, sin, **options):
+    def plain(*leaves):
+        wide = leaves[0].dtype is torch.float64
+        return upstream.apply_rotary(*view(*leaves), *(t.double() if wide else t for t in (cos, sin)), **options)
+
+    check(lambda *leaves: ops.apply_rotary(*view(*leaves), cos, sin, **options), plain, leaves)
+
+
+def test_backend_is_triton():
+    assert dispatch.backend_for(torch.ones(2, 3)) == "triton"
+    assert dispatch.backend_for(torch.ones(2, 3), torch.ones(3, device="cpu")) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+@pytest.mark.parametrize("model", MODELS)
+def test_rms_norm(model, norm, dtype):
+    fused, plain = (partial(f, eps=EPS, **norm) for f in (ops.rms_norm, upstream.rms_norm))
+    check(fused, plain, norm_inputs(1, TOKENS, MODELS[model][0], dtype=dtype))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["frozen w", "frozen x"])
+@pytest.mark.parametrize("n", [3, 100, 4096, 4097, 8192, 12288, 16384, 20000, 32768, 40000, 65536])
+def test_rms_norm_row_lengths(n, needs):
+    fused, plain = (partial(f, eps=EPS) for f in (ops.rms_norm, upstream.rms_norm))
+    check(fused, plain, norm_inputs(33, n, dtype=torch.bfloat16), needs)
+    check(fused, plain, norm_inputs(33, n, dtype=torch.float32), (True, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_of_query_heads(dtype):
+    fused, plain = (partial(f, eps=EPS) for f in (ops.rms_norm, upstream.rms_norm))
+    x, w = norm_inputs(2, 700, 32, 128, dtype=dtype)
+    check(lambda x, w: fused(x.transpose(1, 2), w), lambda x, w: plain(x.transpose(1, 2), w), (x, w))
+    # Heads of one fused projection: neither dense nor one stride.
+    check(lambda x, w: fused(x[:, :, 3:20].mT.mT, w), lambda x, w: plain(x[:, :, 3:20], w), (x, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_rotary(model, unsqueeze_dim, dtype):
+    _, _, heads, kv_heads, dim = MODELS[model]
+    leaves = tuple(torch.randn(1, TOKENS, n * dim).to(dtype) for n in (heads, kv_heads))
+
+    def view(*leaves):
+        split = [x.view(1, TOKENS, -1, dim) for x in leaves]
+        return [x.transpose(1, 2) for x in split] if unsqueeze_dim == 1 else split
+
+    compare_rotary(view, leaves, *tables(1, TOKENS, dim, dtype), unsqueeze_dim=unsqueeze_dim)
+
+
+@pytest.mark.parametrize("keep_dtype", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "rotated"), [(28, 4, 96, 96), (40, 10, 128, 32), (71, 1, 64, 20)])
+def test_rotary_odd_shapes_and_tables(heads, kv_heads, dim, rotated, keep_dtype):
+    def view(q, k):
+        return q.transpose(1, 2), k[..., :dim]
+
+    leaves = torch.randn(2, 300, heads, dim).bfloat16(), torch.randn(2, kv_heads, 300, dim + 4).bfloat16()
+    compare_rotary(view, leaves, *tables(2, 300, rotated), keep_dtype=keep_dtype)
+    cos, sin = (t.expand(2, -1, -1) for t in tables(1, 300, rotated, torch.bfloat16))
+    compare_rotary(view, leaves, cos, sin, keep_dtype=keep_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_swiglu(model, dtype):
+    shape = (1, TOKENS, MODELS[model][1])
+    check(ops.swiglu, upstream.swiglu, (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)))
+
+
+@pytest.mark.parametrize("width", [100, 4097, 14336])
+def test_swiglu_of_a_fused_projection(width):
+    fused = torch.randn(2, 300, 2 * width).bfloat16()
+    check(lambda x: ops.swiglu(*x.chunk(2, -1)), lambda x: upstream.swiglu(*x.chunk(2, -1)), (fused,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_forwards_equal_upstream(dtype):
+    """Bit for bit, but for the few values that an exp or a sum in another order puts on the other side of a tie."""
+    x, w = norm_inputs(TOKENS, 4096, dtype=dtype)
+    q, k = torch.randn(1, 32, TOKENS, 128).to(dtype), torch.randn(1, 8, TOKENS, 128).to(dtype)
+    cos, sin = tables(1, TOKENS, 128, dtype)
+    for ours, theirs in zip(ops.apply_rotary(q, k, cos, sin), upstream.apply_rotary(q, k, cos, sin), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in (
+        (ops.rms_norm(x, w, EPS), upstream.rms_norm(x, w, EPS)),
+        (ops.swiglu(x, x + 1), upstream.swiglu(x, x + 1)),
+    ):
+        assert (ours != theirs).float().mean() < 2e-3
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_fp32_rotary_equals_upstream():
+    q, k = torch.randn(1, 4, 300, 64), torch.randn(1, 2, 300, 64)
+    cos, sin = tables(1, 300, 64)
+    for ours, theirs in zip(ops.apply_rotary(q, k, cos, sin), upstream.apply_rotary(q, k, cos, sin), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_backward_reuses_memory_in_the_plain_case():
+    """The reference counts on which reuse rests are the same with compiled kernels and the engine's CUDA thread."""
+    x, seen = torch.randn(64, 128, requires_grad=True), []
+    gate, up = x * 2, x * 3
+    at = gate.data_ptr()
+    gate.grad_fn.register_prehook(lambda grads: seen.append(grads[0].data_ptr()))
+    loss = (ops.swiglu(gate, up) * 2).sum()
+    del gate, up
+    loss.backward()
+    assert seen == [at]
+    seen.clear()
+    h = x * 2
+    h.grad_fn.register_prehook(lambda grads: seen.append(grads[0].data_ptr()))
+    y = ops.rms_norm(h, torch.ones(128), EPS)
+    y.grad_fn.register_prehook(lambda grads: seen.append(grads[0].data_ptr()))
+    loss = (y * 2).sum()
+    del h, y
+    loss.backward()
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_kept_graph_gives_the_same_gradients_twice():
+    x = torch.randn(64, 128, requires_grad=True)
+    loss = (ops.swiglu(ops.rms_norm(x * 2, torch.ones(128), EPS) * 2, x * 3) * 2).sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0].clone()
+    assert torch.equal(first, torch.autograd.grad(loss, x)[0])
+
+
+def test_on_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = torch.randn(8, 64, device="cuda:1", requires_grad=True)
+    y = ops.swiglu(ops.rms_norm(x, torch.ones(64, device="cuda:1"), EPS), x * 2)
+    y.sum().backward()
+    expected = upstream.swiglu(upstream.rms_norm(x, torch.ones(64, device="cuda:1"), EPS), x * 2)
+    torch.testing.assert_close(y, expected)
+
+
+HUGE = 2**31 + 2**20
+
+
+def needs_memory(gib):
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, {free / 2**30:.0f} are free")
+
+
+def test_rms_norm_past_32_bit_offsets():
+    needs_memory(24)
+    n = 8192
+    x = torch.zeros(HUGE // n, n, dtype=torch.bfloat16)
+    x[-40:] = torch.randn(40, n).bfloat16()
+    w = torch.rand(n).bfloat16()
+    leaf = x.requires_grad_()
+    y = ops.rms_norm(leaf, w, EPS)
+    tail = x.detach()[-40:].clone().requires_grad_()
+    own = upstream.rms_norm(tail, w, EPS)
+    torch.testing.assert_close(y[-40:], own, rtol=0.01, atol=1e-3)
+    g = torch.randn(1, n).bfloat16()
+    y.backward(g.expand(y.shape))
+    own.backward(g.expand(own.shape))
+    torch.testing.assert_close(leaf.grad[-40:], tail.grad, rtol=0.02, atol=1e-2)
+
+
+def test_swiglu_past_32_bit_offsets():
+    needs_memory(40)
+    n = 2**15
+    gate = torch.zeros(HUGE // n, n, dtype=torch.bfloat16)
+    gate[-3:] = torch.randn(3, n).bfloat16()
+    up = torch.ones_like(gate)
+    gate.requires_grad_()
+    y = ops.swiglu(gate, up)
+    tail = gate.detach()[-3:].clone().requires_grad_()
+    own = upstream.swiglu(tail, up[-3:])
+    torch.testing.assert_close(y[-3:], own, rtol=0.01, atol=1e-3)
+    # As halves of wider rows, so that row offsets pass the limit as well.
+    half = ops.swiglu(gate.detach()[:, : n // 2], up[:, n // 2 :])
+    torch.testing.assert_close(half[-3:], own.detach()[:, : n // 2], rtol=0.01, atol=1e-3)
+    del half
+    y.backward(torch.ones_like(y))
+    own.backward(torch.ones_like(own))
+    torch.testing.assert_close(gate.grad[-3:], tail.grad, rtol=0.02, atol=1e-2)
+
+
+def test_rotary_past_32_bit_offsets():
+    needs_memory(24)
+    seq, heads, dim = HUGE // (16 * 128), 16, 128
+    q = torch.zeros(1, seq, heads * dim, dtype=torch.bfloat16)
+    q[:, -5:] = torch.randn(1, 5, heads * dim).bfloat16()
+    k = torch.randn(1, seq, dim).bfloat16()
+    cos, sin = torch.zeros(1, seq, dim, dtype=torch.bfloat16), torch.zeros(1, seq, dim, dtype=torch.bfloat16)
+    cos[:, -5:], sin[:, -5:] = tables(1, 5, dim, torch.bfloat16)
+
+    def heads_first(x):
+        return x.view(1, x.shape[1], -1, dim).transpose(1, 2)
+
+    q_out, k_out = ops.apply_rotary(heads_first(q), heads_first(k), cos, sin)
+    own = upstream.apply_rotary(heads_first(q[:, -5:]), heads_first(k[:, -5:]), cos[:, -5:], sin[:, -5:])
+    assert torch.equal(q_out[:, :, -5:], own[0])
+    assert torch.equal(k_out[:, :, -5:], own[1])

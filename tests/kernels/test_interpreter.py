@@ -1,0 +1,35 @@
+"""Runs this folder's op tests on the Triton kernels, interpreted; conftest.py says why in a process of their own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sloth_plugins.patches.kernels import dispatch
+
+HERE = Path(__file__).parent
+
+
+def test_backend_of_this_process():
+    x = torch.ones(4)
+    assert dispatch.backend_for(x) == ("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is already the interpreter's process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_pass_interpreted():
+    files = [HERE / f"test_{name}.py" for name in ("interpreter", "rms_norm", "rotary", "swiglu")]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
+        # No GPU in sight: the tests' tensors are on the CPU and nothing should be set up for one.
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert child.returncode == 0, child.stdout[-20000:] + child.stderr[-5000:]

@@ -1,0 +1,55 @@
+"""Whatever a process imports first, the patches apply at the seam."""
+
+import pytest
+from launching import python
+
+pytestmark = pytest.mark.slow
+FIRST = [
+    "import torch",
+    "import transformers",
+    "from transformers import LlamaForCausalLM",
+    "from transformers import Trainer",
+    "import peft",
+    "import trl",
+    "from trl import SFTTrainer",
+    "import accelerate",
+    "import datasets",
+    "import sloth_plugins",
+]
+TRAIN = """
+from transformers import Trainer, TrainingArguments
+from common import model, rows
+arguments = TrainingArguments(output_dir="out", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+Trainer(model=model(), args=arguments, train_dataset=[{"input_ids": r, "labels": r} for r in rows(8)]).train()
+"""
+PREPARE = """
+from accelerate import Accelerator
+from common import model
+Accelerator(cpu=True).prepare(model())
+"""
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("seam", [TRAIN, PREPARE], ids=["Trainer.train", "Accelerator.prepare"])
+def test_the_patches_apply(first, seam, tmp_path):
+    done = python(f"{first}\n{seam}", tmp_path, flag="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("llama:rms_norm  5        applied") == 1, done.stderr
+
+
+def test_nothing_happens_without_the_flag(tmp_path):
+    code = "import torch, sys; print([m for m in sys.modules if m.startswith('sloth_plugins')])"
+    done = python(code, tmp_path)
+    assert done.stdout.strip() == "['sloth_plugins', 'sloth_plugins._version', 'sloth_plugins.autoload']"
+    assert done.stderr == ""
+
+
+def test_the_flag_alone_imports_neither_plugins_nor_torch_extras(tmp_path):
+    code = "import torch, sys; print('pluggy' in sys.modules, 'transformers' in sys.modules, 'sloth_plugins.activation' in sys.modules)"
+    assert python(code, tmp_path, flag="1").stdout.strip() == "False False True"
+
+
+@pytest.mark.parametrize("flag", ["off", "0"])
+def test_off_is_silent(flag, tmp_path):
+    done = python(f"import torch\n{PREPARE}", tmp_path, flag=flag)
+    assert "sloth-plugins" not in done.stderr + done.stdout

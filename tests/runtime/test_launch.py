@@ -1,0 +1,131 @@
+"""Unmodified training scripts, with the flag and without: the same losses, and a table from the main process."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import SCRIPTS
+from launching import ACCELERATE, environment, launch, run
+
+pytestmark = pytest.mark.slow
+TABLE = ("llama:rms_norm  5        applied", "llama:rope      2        applied", "llama:glu       2        applied")
+
+
+def assert_same(stock, patched):
+    assert len(stock) == len(patched) == 6
+    assert patched == pytest.approx(stock, rel=1e-5)
+    assert len(set(stock)) == 6
+
+
+def assert_table_once(log):
+    for line in TABLE:
+        assert log.count(line) == 1, log
+
+
+@pytest.mark.parametrize("script", ["train_trainer.py", "train_sft.py", "train_loop.py"])
+def test_a_script_trains_to_the_same_losses(script, tmp_path):
+    stock, quiet = launch(script, tmp_path)
+    patched, log = launch(script, tmp_path, flag="1")
+    assert_same(stock, patched)
+    assert_table_once(log)
+    assert "sloth-plugins" not in quiet
+
+
+def test_gradient_checkpointing_in_trainer(tmp_path):
+    stock, _ = launch("train_trainer.py", tmp_path, arguments=["--checkpointing"])
+    patched, log = launch("train_trainer.py", tmp_path, flag="1", arguments=["--checkpointing"])
+    assert_same(stock, patched)
+    assert_table_once(log)
+
+
+def test_by_hand_without_trainer_or_accelerate(tmp_path):
+    stock, _ = launch("train_bare.py", tmp_path, flag="off", through=[sys.executable])
+    patched, log = launch("train_bare.py", tmp_path, through=[sys.executable])
+    assert_same(stock, patched)
+    assert "patched 9" in log
+    _, log = launch("train_bare.py", tmp_path, flag="1", through=[sys.executable])
+    assert "nothing was patched" not in log
+
+
+def test_two_processes_patch_both_and_speak_once(tmp_path):
+    stock, _ = launch("train_trainer.py", tmp_path, processes=2)
+    patched, log = launch("train_trainer.py", tmp_path, processes=2, flag="1")
+    assert_same(stock, patched)
+    assert_table_once(log)
+    assert "2 processes" in log
+
+
+def test_every_process_is_patched(tmp_path):
+    script = tmp_path / "probe.py"
+    script.write_text(
+        "import torch\nfrom accelerate import Accelerator\nfrom common import model\n"
+        "from sloth_plugins.application import patched\n"
+        "accelerator = Accelerator(cpu=True)\nnetwork = accelerator.prepare(model())\n"
+        "count = torch.tensor([sum(patched(m) is not None for m in network.modules())])\n"
+        "print('COUNTS', accelerator.gather(count).tolist())\naccelerator.end_training()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    done = run([*torchrun, script], tmp_path, flag="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("COUNTS [9, 9]") == 2
+    assert done.stderr.count("sloth-plugins 0") == 1
+
+
+def test_through_the_module_where_autoload_is_off(tmp_path):
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    stock, quiet = launch("train_trainer.py", tmp_path, flag="1", **off)
+    assert "sloth-plugins" not in quiet
+    through = [*ACCELERATE, "--num_processes", "1", "-m", "sloth_plugins"]
+    patched, log = launch("train_trainer.py", tmp_path, through=through, **off)
+    assert_same(stock, patched)
+    assert_table_once(log)
+
+
+def test_a_choice_is_kept(tmp_path):
+    _, log = launch("train_loop.py", tmp_path, flag="llama:rms_norm+rope")
+    assert TABLE[0] in log
+    assert TABLE[1] in log
+    assert "llama:glu       0        off      not selected" in log
+
+
+def test_an_unknown_architecture_trains_stock_and_says_so_once(tmp_path):
+    arguments = ["--model-type", "stablelm"]
+    stock, _ = launch("train_loop.py", tmp_path, arguments=arguments)
+    patched, log = launch("train_loop.py", tmp_path, flag="1", arguments=arguments)
+    assert patched == stock
+    assert log.count("no architecture covers model type 'stablelm' (known: llama") == 1
+
+
+def test_a_typo_ends_the_launcher_before_anything_is_loaded(tmp_path):
+    start = time.monotonic()
+    done = run([*ACCELERATE, "--num_processes", "1", SCRIPTS / "train_trainer.py"], tmp_path, flag="lama")
+    assert done.returncode == 2
+    assert done.stderr.count("did you mean 'llama'") == 1
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_an_interrupt_in_mid_training_ends_it(tmp_path):
+    command = [*ACCELERATE, "--num_processes", "1", SCRIPTS / "train_loop.py", "--steps", "100000"]
+    script = tmp_path / "long.py"
+    script.write_text((SCRIPTS / "train_loop.py").read_text().replace("rows()", "rows(400000)"))
+    command[-3] = str(script)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment("1"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if "llama:glu" in line:
+            break
+    time.sleep(2)
+    assert process.poll() is None, "".join(seen)
+    import os
+
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in rest
+    assert "nothing was patched" not in rest
