@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from . import seams
-from .environment import rank
 from .errors import SlothError
+from .processes import rank
 from .selection import VARIABLE, Selection, check_names, parse
 from .watching import Watcher
 

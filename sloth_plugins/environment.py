@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from sloth_plugins.registry import Environment
 from sloth_plugins.registry.results import TritonState
 
+from .processes import rank, world_size
+
 REPORTED = (
     *("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl"),
     *("liger-kernel", "kernels", "unsloth"),
@@ -55,30 +57,6 @@ def installed_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def rank() -> int:
-    """This process's global rank: torch.distributed's once it is up, else the launcher's variables, else 0."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    return _from_launcher("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
-
-
-def world_size() -> int:
-    """How many processes train together; 1 without a launcher."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_world_size())
-    return _from_launcher("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
-
-
-def _from_launcher(*names: str, default: int) -> int:
-    for name in names:
-        value = os.environ.get(name, "")
-        if value.isdigit():
-            return int(value)
-    return default
 
 
 def triton_state() -> TritonState:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sloth_plugins.patches.kernels import dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

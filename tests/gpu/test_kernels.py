@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # accuracy.py an
 
 import upstream
 from accuracy import check
+
 from sloth_plugins.patches.kernels import dispatch, ops
 
 pytestmark = [

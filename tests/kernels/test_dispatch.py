@@ -1,10 +1,11 @@
 import pytest
 import torch
-from sloth_plugins.patches.kernels import dispatch, ops
-from sloth_plugins.patches.kernels.dispatch import backend_for
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+
+from sloth_plugins.patches.kernels import dispatch, ops
+from sloth_plugins.patches.kernels.dispatch import backend_for
 
 HERE = backend_for(torch.ones(1))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sloth_plugins.patches.kernels import dispatch
 
 HERE = Path(__file__).parent

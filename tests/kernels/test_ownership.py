@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
-from sloth_plugins.patches.kernels import ops, ownership
 from torch.utils.checkpoint import checkpoint
+
+from sloth_plugins.patches.kernels import ops, ownership
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter keeps references to what it is given"

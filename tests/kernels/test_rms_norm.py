@@ -4,6 +4,7 @@ import pytest
 import torch
 import upstream
 from accuracy import INTERPRETED, check
+
 from sloth_plugins.patches.kernels import ops
 
 pytestmark = pytest.mark.usefixtures("_poisoned")

@@ -2,6 +2,7 @@ import pytest
 import torch
 import upstream
 from accuracy import check
+
 from sloth_plugins.patches.kernels import ops
 
 pytestmark = pytest.mark.usefixtures("_poisoned")

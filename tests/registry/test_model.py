@@ -1,4 +1,5 @@
 import pytest
+
 from sloth_plugins.registry import (
     ArchitectureSpec,
     BlockLayout,

@@ -8,9 +8,11 @@ import sys
 from conftest import SCRIPTS
 
 ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
+    *(sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no"),
 ]
+# `--cpu` runs one process whatever --num_processes says; several need the multi-GPU launcher and this variable.
+SEVERAL = {"ACCELERATE_USE_CPU": "true"}
 
 
 def environment(flag=None, **changes):
@@ -44,8 +46,11 @@ def python(code, folder, flag=None, **changes):
 
 def launch(script, folder, flag=None, processes=1, arguments=(), through=ACCELERATE, **changes):
     """Run a training script; returns its losses and what it wrote to stderr and stdout."""
-    losses = folder / f"losses-{flag or 'stock'}-{processes}.json".replace("*", "x").replace(":", "_")
-    prefix = [*through, "--num_processes", processes] if through is ACCELERATE else list(through)
+    losses = folder / "losses.json"
+    prefix = list(through)
+    if through is ACCELERATE:
+        prefix += ["--num_processes", processes, "--multi_gpu" if processes > 1 else "--cpu"]
+        changes |= SEVERAL if processes > 1 else {}
     command = [*prefix, SCRIPTS / script, "--losses", losses, "--out", folder / "out", *arguments]
     done = run(command, folder, flag, **changes)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,10 +2,10 @@ import sys
 import types
 
 import pytest
-from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, Skip, hookimpl
 
 from sloth_plugins import discovery
 from sloth_plugins.discovery import Plugins
+from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, Skip, hookimpl
 
 PATCH = Patch(name="norm", target="pkg.module:Norm", replacement="pkg.norm:factory")
 

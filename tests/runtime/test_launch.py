@@ -57,6 +57,13 @@ def test_two_processes_patch_both_and_speak_once(tmp_path):
     assert "2 processes" in log
 
 
+def test_accelerates_own_cpu_flag_with_two_processes(tmp_path):
+    command = [*ACCELERATE, "--num_processes", "2", "--cpu", SCRIPTS / "train_loop.py"]
+    done = run(command, tmp_path, flag="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_table_once(done.stderr)
+
+
 def test_every_process_is_patched(tmp_path):
     script = tmp_path / "probe.py"
     script.write_text(
@@ -77,7 +84,7 @@ def test_through_the_module_where_autoload_is_off(tmp_path):
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     stock, quiet = launch("train_trainer.py", tmp_path, flag="1", **off)
     assert "sloth-plugins" not in quiet
-    through = [*ACCELERATE, "--num_processes", "1", "-m", "sloth_plugins"]
+    through = [*ACCELERATE, "--cpu", "--num_processes", "1", "-m", "sloth_plugins"]
     patched, log = launch("train_trainer.py", tmp_path, through=through, **off)
     assert_same(stock, patched)
     assert_table_once(log)
@@ -91,16 +98,16 @@ def test_a_choice_is_kept(tmp_path):
 
 
 def test_an_unknown_architecture_trains_stock_and_says_so_once(tmp_path):
-    arguments = ["--model-type", "stablelm"]
+    arguments = ["--model-type", "opt"]
     stock, _ = launch("train_loop.py", tmp_path, arguments=arguments)
     patched, log = launch("train_loop.py", tmp_path, flag="1", arguments=arguments)
     assert patched == stock
-    assert log.count("no architecture covers model type 'stablelm' (known: llama") == 1
+    assert log.count("no architecture covers model type 'opt' (known: llama") == 1
 
 
 def test_a_typo_ends_the_launcher_before_anything_is_loaded(tmp_path):
     start = time.monotonic()
-    done = run([*ACCELERATE, "--num_processes", "1", SCRIPTS / "train_trainer.py"], tmp_path, flag="lama")
+    done = run([*ACCELERATE, "--cpu", "--num_processes", "1", SCRIPTS / "train_trainer.py"], tmp_path, flag="lama")
     assert done.returncode == 2
     assert done.stderr.count("did you mean 'llama'") == 1
     assert "Traceback" not in done.stderr
@@ -108,7 +115,7 @@ def test_a_typo_ends_the_launcher_before_anything_is_loaded(tmp_path):
 
 
 def test_an_interrupt_in_mid_training_ends_it(tmp_path):
-    command = [*ACCELERATE, "--num_processes", "1", SCRIPTS / "train_loop.py", "--steps", "100000"]
+    command = [*ACCELERATE, "--cpu", "--num_processes", "1", SCRIPTS / "train_loop.py", "--steps", "100000"]
     script = tmp_path / "long.py"
     script.write_text((SCRIPTS / "train_loop.py").read_text().replace("rows()", "rows(400000)"))
     command[-3] = str(script)
