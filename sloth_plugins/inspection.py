@@ -23,7 +23,9 @@ def config_file(model: str) -> Path:
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise SlothError(f"--model {model!r}: no such file or folder")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries would bury our one line
     try:
         return Path(hf_hub_download(model, "config.json"))
     except Exception as error:  # noqa: BLE001 - offline, not found, gated, malformed id: the hub's first line says which
@@ -47,7 +49,7 @@ def load_config(model: str) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise SlothError(
             f"--model {model!r}: transformers {transformers.__version__} has no model type {model_type!r}"
-            f"{nearest(model_type, CONFIG_MAPPING)}; a model with code of its own is planned with sloth_plugins.patch"
+            f"{nearest(model_type, CONFIG_MAPPING)} (a model with code of its own is planned by sloth_plugins.patch)"
         )
     try:
         return CONFIG_MAPPING[model_type].from_dict(content)

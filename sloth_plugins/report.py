@@ -42,7 +42,9 @@ def text(report: Report) -> str:
         lines += columns([("patch", "modules", "state", "why"), *map(_row, report.outcomes)])
     if report.unknown:
         types = ", ".join(map(repr, report.unknown))
-        lines.append(f"  no architecture covers model type {types}; what is of it stays stock")
+        lines.append(
+            f"  no architecture covers model type {types}; what is of it stays stock (`sloth-plugins list` shows all)"
+        )
     return "\n".join(lines)
 
 

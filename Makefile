@@ -1,0 +1,53 @@
+# make demo | test | lint | compat | floor | clean. The first of them sets everything up; later ones take no set-up time.
+PYTHON ?= python3
+VENV ?= .venv
+# Asked for first and by version, so that a local CPU build is taken where there is one.
+TORCH ?= torch==2.13.0
+# For a machine without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA libraries.
+TORCH_INDEX ?=
+# PY=python3 uses an environment that is already complete, and sets nothing up.
+PY ?= $(VENV)/bin/python
+READY := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
+PIN ?=
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q
+
+.PHONY: help setup demo test lint compat floor clean
+
+help:
+	@echo 'make demo     fine-tune a small Llama, stock against patched'
+	@echo 'make test     run the tests (with a GPU: those of the kernels on it too)'
+	@echo 'make lint     ruff and mypy --strict'
+	@echo 'make compat   the contract on every pinned transformers; PIN=5.17.0 for one'
+	@echo 'make floor    the contract on the lowest versions that pyproject.toml admits'
+
+setup: $(READY)
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"sloth-plugins needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; try make PYTHON=python3.11")'
+	@echo 'setting up $(VENV) (a minute or two, once)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@$(PIP) -e '.[test]'
+	@mkdir -p build/types/sloth_plugins
+	@ln -sfn "$(CURDIR)"/sloth_plugins/* "$(CURDIR)/registry" "$(CURDIR)/patches" build/types/sloth_plugins/
+	@touch $@
+
+demo: $(READY)
+	$(PY) -m sloth_plugins demo
+
+test: $(READY)
+	cd tests && $(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+compat: $(READY)
+	$(PY) compat/run.py $(PIN)
+
+floor:
+	$(PYTHON) compat/floor.py
+
+clean:
+	rm -rf $(VENV) build demo-output *.egg-info

@@ -1,0 +1,94 @@
+"""Every kernel once, forward and backward, against its reference: `python -m sloth_plugins.patches.kernels.selfcheck`.
+
+Prints one JSON line for each kernel and dtype: the largest relative error, what is allowed, and the backend that ran.
+On a machine without a CUDA device it is meant to be run with TRITON_INTERPRET=1.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from . import reference
+from .dispatch import backend_for
+from .ops import apply_rotary, rms_norm, swiglu
+
+EPS = 1e-6
+Tensors = list[torch.Tensor]
+
+
+def _rms_norm(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    x, weight, dy = draw(3, 5, 100), draw(100), draw(3, 5, 100)
+    y = rms_norm(x, weight, EPS)
+    found = [y, *torch.autograd.grad(y, [x, weight], dy)]
+    expected, rstd = reference.rms_norm_fwd(x, weight, EPS, 0.0, True)
+    dx = torch.empty_like(x)
+    dw = reference.rms_norm_bwd(dy, x, weight, rstd, 0.0, True, dx, True)
+    assert dw is not None, "asked for"
+    return found, [expected, dx, dw]
+
+
+def _rope(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    q, k = draw(2, 7, 4, 24).transpose(1, 2), draw(2, 7, 2, 24).transpose(1, 2)
+    cos, sin = draw(1, 7, 16).detach(), draw(1, 7, 16).detach()
+    outputs = apply_rotary(q, k, cos, sin)
+    gradients = [torch.randn_like(output) for output in outputs]
+    found = [*outputs, *torch.autograd.grad(outputs, [q, k], gradients)]
+    expected = reference.rope_fwd(q, k, cos, sin, 1, False)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    reference.rope_bwd(gradients[0], gradients[1], cos, sin, 1, dq, dk)
+    return found, [*expected, dq, dk]
+
+
+def _swiglu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    gate, up, dy = draw(11, 70), draw(11, 70), draw(11, 70)
+    y = swiglu(gate, up)
+    found = [y, *torch.autograd.grad(y, [gate, up], dy)]
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    reference.swiglu_bwd(dy, gate, up, dgate, dup)
+    return found, [reference.swiglu_fwd(gate, up), dgate, dup]
+
+
+KERNELS = {"rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu}
+
+
+def checks() -> Iterator[dict[str, object]]:
+    """Run all kernels on the first CUDA device, or on the CPU; one entry for each kernel and dtype."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The interpreter's bf16 is not the hardware's, so it would be judged for nothing.
+    dtypes = [torch.float32, torch.float16, torch.bfloat16] if device == "cuda" else [torch.float32, torch.float16]
+    for name, run in KERNELS.items():
+        for dtype in dtypes:
+            torch.manual_seed(0)
+
+            def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+                return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+
+            found, expected = run(draw)
+            errors = [
+                ((a.double() - b.double()).norm() / b.double().norm()).item()
+                for a, b in zip(found, expected, strict=True)
+            ]
+            limit = 4 * torch.finfo(dtype).eps
+            yield {
+                "kernel": f"{name} {str(dtype).removeprefix('torch.')}",
+                "backend": f"{backend_for(draw(1))} on {device}",
+                "error": max(errors),
+                "limit": limit,
+                # A NaN is not within any limit.
+                "ok": all(error <= limit for error in errors),
+            }
+
+
+def main() -> int:
+    """Print the checks; 1 if one is wrong."""
+    wrong = 0
+    for check in checks():
+        sys.stdout.write(json.dumps(check) + "\n")
+        wrong += not check["ok"]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
