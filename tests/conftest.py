@@ -1,12 +1,8 @@
 """What several folders of tests share."""
 
 import os
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = Path(__file__).resolve().parent / "scripts"
 
 # The tests choose for themselves; a flag in the shell must not activate the patches in the test process.
 os.environ.pop("SLOTH_PLUGINS", None)

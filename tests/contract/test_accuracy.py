@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KINDS, PATCHES, batch, build
+from models import KINDS, PATCHES, batch, build
 
 from sloth_plugins.verification import compare
 

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, attach_execution_device_hook, remove_hook_from_submodules
-from conftest import KNOWN, anatomy, assert_close, batch, build, gradients
+from models import KNOWN, anatomy, assert_close, batch, build, gradients
 from peft import LoraConfig, get_peft_model
 
 import sloth_plugins

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import KNOWN, anatomy, assert_close, build, gradients
+from models import KNOWN, anatomy, assert_close, build, gradients
 
 import sloth_plugins
 from sloth_plugins.application import patched

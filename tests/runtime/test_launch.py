@@ -6,8 +6,8 @@ import sys
 import time
 
 import pytest
-from conftest import SCRIPTS
 from launching import ACCELERATE, environment, launch, run
+from paths import SCRIPTS
 
 pytestmark = pytest.mark.slow
 TABLE = ("llama:rms_norm  5        applied", "llama:rope      2        applied", "llama:glu       2        applied")

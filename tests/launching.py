@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from conftest import SCRIPTS
+from paths import SCRIPTS
 
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"),
