@@ -33,7 +33,7 @@ def main() -> int:
     if not (FOLDER / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
     python = [str(FOLDER / "bin" / "python"), "-m"]
-    subprocess.run([*python, "pip", "install", "-q", *pins, "pytest", "hypothesis", "numpy<2.3"], check=True)
+    subprocess.run([*python, "pip", "install", "-q", *pins, "pytest", "hypothesis"], check=True)
     subprocess.run([*python, "pip", "install", "-q", "--no-deps", "-e", str(ROOT)], check=True)
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
     command = [*python, "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *TESTS]

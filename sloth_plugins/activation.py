@@ -87,12 +87,6 @@ def deactivate() -> None:
         _active = None
 
 
-def a_model_came() -> None:
-    """A model was patched by hand, so there is nothing to say at exit."""
-    if _active is not None:
-        _active.reached = True
-
-
 def _module_came(module: ModuleType) -> None:
     seams.open_seams(module, enter)
 
@@ -158,7 +152,8 @@ def _say_if_nothing_came() -> None:
     """Nothing is ever silently not applied. An exception on its way out is the better message."""
     if _active is None or _active.reached or parent_process() is not None or _is_launcher():
         return
-    if getattr(sys, "last_type", None) is not None:
+    patching = sys.modules.get(f"{__package__}.patching")
+    if getattr(sys, "last_type", None) is not None or (patching is not None and patching.called_by_hand):
         return
     _say(
         f"sloth-plugins: {VARIABLE}={_active.selection.text!r} was set, but no model entered Trainer.train or "

@@ -10,7 +10,7 @@ import torch
 
 from sloth_plugins.registry import ArchitectureSpec, Outcome, PlanItem, Report, Skip
 
-from . import activation, application
+from . import application
 from .discovery import Plugins, plugins
 from .environment import probe
 from .errors import SlothError
@@ -20,6 +20,9 @@ from .selection import VARIABLE, Selection, check_names, parse
 
 reverted: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 """Models that the user reverted: a seam leaves them alone until `patch` is called again."""
+
+called_by_hand = False
+"""Whether `patch` was called in this process, so that there is nothing to say at exit."""
 
 
 def default_selection() -> Selection:
@@ -121,8 +124,9 @@ def patch(model: torch.nn.Module, selection: str | None = None) -> Report:
     again with another selection adds and removes; `"off"` is `revert`. Raises `SlothError` for a selection that
     names something unknown, or a patch that cannot run here.
     """
+    global called_by_hand
+    called_by_hand = True
     reverted.discard(model)
-    activation.a_model_came()
     return examine(model, None if selection is None else parse(selection))
 
 

@@ -28,6 +28,8 @@ def swiglu(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         activation = self.act_fn
+        if torch.compiler.is_compiling():  # first, since Dynamo cannot trace the questions below
+            return original(self, x)
         if not _is_plain_silu(activation) or activation._forward_hooks or activation._forward_pre_hooks:
             return original(self, x)
         gate = self.gate_proj(x)

@@ -295,6 +295,8 @@ def rms_norm_bwd(
     with on_device_of(x):
         iters, parts = 1, n_rows
         if fused:
+            # Half as many elements a thread as elsewhere, since each program walks rows alone and must hide latency.
+            warps = min(32, 2 * warps)
             # Two programs for each multiprocessor; a power of two, so that few row counts compile anew.
             iters = triton.next_power_of_2(triton.cdiv(n_rows, block_m * 2 * multiprocessors(x)))
             parts = triton.cdiv(n_rows, block_m * iters)
@@ -324,7 +326,7 @@ def rms_norm_bwd(
             )  # fmt: skip
         if need_dw:
             dw = torch.empty_like(weight)
-            rms_norm_dw_sum_kernel[(triton.cdiv(n, 32),)](
-                partial, dw, parts, N=n, PARTS=triton.next_power_of_2(parts), BLOCK_P=64, BLOCK_N=32, num_warps=4
+            rms_norm_dw_sum_kernel[(triton.cdiv(n, 16),)](
+                partial, dw, parts, N=n, PARTS=triton.next_power_of_2(parts), BLOCK_P=256, BLOCK_N=16, num_warps=8
             )
     return dw
