@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from packaging.requirements import InvalidRequirement, Requirement
+from .requirements import malformed
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 OBJECT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -30,11 +30,9 @@ def _check_requirements(owner: str, requires: tuple[str, ...]) -> None:
     if isinstance(requires, str) or not all(isinstance(text, str) for text in requires):
         raise SpecError(f"{owner}: requires={requires!r} is not a tuple of PEP 508 strings")
     for text in requires:
-        try:
-            Requirement(text)
-        except InvalidRequirement as error:
-            first_line = str(error).splitlines()[0]
-            raise SpecError(f"{owner}: requires={text!r} is not a PEP 508 requirement: {first_line}") from error
+        fault = malformed(text)
+        if fault is not None:
+            raise SpecError(f"{owner}: requires={text!r} is not a PEP 508 requirement: {fault}")
 
 
 @dataclass(frozen=True, slots=True)
