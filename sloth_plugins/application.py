@@ -157,7 +157,7 @@ Check = Callable[[Binding, torch.nn.Module], str | None]
 def survey(model: torch.nn.Module, bindings: Iterable[Binding], check: Check) -> tuple[list[Survey], dict[str, Any]]:
     """Which modules each binding can run in, and the wanted `(module, bindings)` by module name. Changes nothing.
 
-    `check` is asked for each module that is otherwise fine and may refuse with a reason.
+    `check` is asked first for each module and may refuse with a reason.
     """
     surveys = [Survey(binding) for binding in bindings]
     wanted: dict[str, tuple[torch.nn.Module, list[Binding]]] = {}
@@ -168,7 +168,7 @@ def survey(model: torch.nn.Module, bindings: Iterable[Binding], check: Check) ->
         for result in surveys:
             if not issubclass(original, result.binding.kind):
                 continue
-            refusal = _foreign(module, result.binding, original) or check(result.binding, module)
+            refusal = check(result.binding, module) or _foreign(module, result.binding, original)
             if refusal is None:
                 result.modules.append(name)
                 found.append(result.binding)

@@ -78,10 +78,16 @@ class Plugins:
                 self._manager.unregister(name=name)
             self.problems.append(Problem(name, f"does not fit the hooks: {_one_line(error)}"))
 
-    def _each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Every plugin's own result of a hook, in registration order; one that raises is reported and left out."""
+    def _each(self, hook: str, *, latest_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Every plugin's own result of a hook; one that raises is reported and left out.
+
+        In registration order, so that what is built in stands; `latest_first` where a plugin may answer in its stead.
+        """
         implementations = getattr(self._manager.hook, hook).get_hookimpls()
-        for implementation in implementations:
+        for implementation in reversed(implementations) if latest_first else implementations:
+            if implementation.wrapper or implementation.hookwrapper:
+                self.report_problem(implementation.plugin_name, f"wraps {hook}; hook wrappers are not supported")
+                continue
             accepted = {name: arguments[name] for name in implementation.argnames}
             try:
                 result = implementation.function(**accepted)
@@ -148,7 +154,7 @@ class Plugins:
 
     def architecture_of(self, config: Any) -> ArchitectureSpec | None:
         """The architecture of a config: a plugin's answer first, else by `model_type`."""
-        for plugin, name in self._each("sloth_architecture_of", config=config):
+        for plugin, name in self._each("sloth_architecture_of", latest_first=True, config=config):
             if name is None:
                 continue
             if name in self.architectures:
@@ -164,7 +170,8 @@ class Plugins:
 
     def check(self, patch: Patch, module: Any, environment: Environment) -> Skip | None:
         """The first refusal of a patch for a module, or None."""
-        for plugin, skip in self._each("sloth_check", patch=patch, module=module, environment=environment):
+        arguments = {"patch": patch, "module": module, "environment": environment}
+        for plugin, skip in self._each("sloth_check", latest_first=True, **arguments):
             if isinstance(skip, Skip):
                 return skip
             if skip is not None:

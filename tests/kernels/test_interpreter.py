@@ -28,7 +28,8 @@ def test_kernels_pass_interpreted():
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
         # No GPU in sight: the tests' tensors are on the CPU and nothing should be set up for one.
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=HERE.parents[1],
+        # Not the repository's root: on sys.path it would hide an installed package behind half of one.
+        cwd=HERE.parent,
         capture_output=True,
         text=True,
         timeout=600,

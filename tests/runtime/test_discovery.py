@@ -148,6 +148,21 @@ def test_a_check_that_answers_something_else_is_reported(load):
     assert "neither Skip nor None" in messages(plugins)[0]
 
 
+def test_the_latest_plugin_answers_first_and_wrappers_are_refused(load):
+    import pluggy
+
+    module = types.ModuleType("wrapping")
+
+    @pluggy.HookimplMarker("sloth")(wrapper=True)
+    def sloth_check():
+        return (yield)
+
+    module.sloth_check = sloth_check
+    plugins = load(a=plugin(sloth_check=lambda: Skip("a")), b=plugin(sloth_check=lambda: Skip("b")), wrapping=module)
+    assert plugins.check(PATCH, object(), None) == Skip("b")
+    assert "hook wrappers are not supported" in messages(plugins)[0]
+
+
 def test_a_plan_is_adjusted_in_place(load):
     environment = Environment(
         python="3", platform="x", versions={}, devices=(), capability=None, triton="no device", rank=0, world_size=1
