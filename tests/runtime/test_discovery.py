@@ -143,7 +143,7 @@ def test_a_hook_that_raises_at_run_time_is_reported_once_and_left_out(load):
 
 
 def test_a_check_that_answers_something_else_is_reported(load):
-    plugins = load(extra=plugin(sloth_check=lambda patch, module: False), other=plugin(sloth_check=lambda: Skip("no")))
+    plugins = load(a=plugin(sloth_check=lambda: Skip("no")), b=plugin(sloth_check=lambda patch, module: False))
     assert plugins.check(PATCH, object(), None) == Skip("no")
     assert "neither Skip nor None" in messages(plugins)[0]
 
