@@ -10,7 +10,7 @@ from typing import Any
 from sloth_plugins.registry import Patch, Skip
 
 from .errors import nearest
-from .scoped import ScopedFunction, original_of, scoped_function
+from .scoped import ScopedFunction, is_unused_stand_in, original_of, scoped_function
 
 Forward = Callable[..., Any]
 
@@ -120,7 +120,8 @@ def bind(patch: Patch) -> Binding | Skip:
             return Skip(f"target {patch.target} is a function, so `within` must name the class that calls it")
         name = patch.target.partition(":")[2]
         original = original_of(target)
-        if not inspect.isfunction(original) or _module_of(original) != owner.__name__:
+        is_own = inspect.isfunction(original) and _module_of(original) == owner.__name__
+        if not is_own and not is_unused_stand_in(original):
             return Skip(f"{name} was replaced by {_module_of(original)}")
         scoped = scoped_function(owner, name, original, patch.replacement, lambda f: _make(factory, patch, f))
         return Binding(patch, _class(patch.within, "within"), scoped.caller, scoped)

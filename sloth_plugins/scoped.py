@@ -32,7 +32,7 @@ class ScopedFunction:
     def _make_dispatcher(self) -> Function:
         original, replacement, in_scope = self.original, self.replacement, self._in_scope
 
-        @functools.wraps(original)
+        @functools.wraps(_with_signature(original))
         def dispatch(*args: Any, **kwargs: Any) -> Any:
             # Under torch.compile the scope is never opened, and a ContextVar cannot be traced.
             if torch.compiler.is_compiling() or not in_scope.get():
@@ -85,6 +85,24 @@ class ScopedFunction:
 _functions: dict[tuple[str, str, str], ScopedFunction] = {}
 
 
+def is_unused_stand_in(function: Any) -> bool:
+    """Whether a function is the module that the `kernels` package puts in its place, with no kernel loaded into it."""
+    is_its = isinstance(function, torch.nn.Module) and type(function).__module__.partition(".")[0] == "kernels"
+    return is_its and "forward" not in vars(function)
+
+
+def _with_signature(function: Function) -> Function:
+    """A stand-in's call takes anything; its forward tells what the function takes."""
+    if not isinstance(function, torch.nn.Module):
+        return function
+
+    @functools.wraps(function.forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
+
+
 def original_of(function: Function) -> Function:
     """The function behind one of our dispatchers, or the function itself."""
     for scoped in _functions.values():
@@ -98,5 +116,5 @@ def scoped_function(owner: ModuleType, name: str, original: Function, path: str,
     key = (owner.__name__, name, path)
     known = _functions.get(key)
     if known is None or known.original is not original:
-        known = _functions[key] = ScopedFunction(owner, name, original, factory(original))
+        known = _functions[key] = ScopedFunction(owner, name, original, factory(_with_signature(original)))
     return known

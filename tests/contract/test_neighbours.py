@@ -1,5 +1,6 @@
 """What a patched model must share its modules with: PEFT, checkpointing, output capture, hooks, compile, rivals."""
 
+import inspect
 import types
 from importlib import import_module
 
@@ -230,6 +231,38 @@ def test_a_class_that_somebody_else_replaced_is_left_alone_and_named(one_of_each
     assert "replaced by unsloth.models.RivalNorm" in outcome.reason
 
 
+def stand_in(function):
+    """What the `kernels` package makes of a decorated function."""
+
+    class Func(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    Func.forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
+    Func.__module__ = "kernels.layer.layer"
+    return Func()
+
+
+def test_a_function_that_the_kernels_package_wraps_is_patched_until_a_kernel_is_loaded(architecture, monkeypatch):
+    name, _ = architecture
+    for spec in (p for p in KNOWN.patches(name) if p.within):
+        module, _, attribute = spec.target.partition(":")
+        home = import_module(module)
+        monkeypatch.setattr(home, attribute, stand_in(getattr(home, attribute)))
+        placed = getattr(home, attribute)
+        stock, model = build(*architecture), build(*architecture)
+        (outcome,) = [o for o in sloth_plugins.patch(model, "1").outcomes if o.patch == spec.name]
+        assert outcome.state == "applied"
+        assert_close(gradients(model), gradients(stock))
+        sloth_plugins.revert(model)
+        assert getattr(home, attribute) is placed
+        placed.forward = types.MethodType(foreign, placed)
+        (outcome,) = [o for o in sloth_plugins.patch(model, "1").outcomes if o.patch == spec.name]
+        assert "replaced by kernels.layer.layer" in outcome.reason
+
+
 def test_a_subclass_with_its_own_forward_is_left_alone(one_of_each):
     model, name, patches = one_of_each
     victim = modules_of(model, name, patches[0])[0]
@@ -267,8 +300,6 @@ def test_hooks_on_patched_modules_still_run(one_of_each):
 
 
 def test_signatures_are_upstreams(architecture):
-    import inspect
-
     stock, model = build(*architecture), build(*architecture)
     sloth_plugins.patch(model, "1")
     for (name, a), (_, b) in zip(stock.named_modules(), model.named_modules(), strict=True):
