@@ -1,13 +1,13 @@
 # make demo | test | lint | compat | floor | clean. The first of them sets everything up; later ones take no set-up time.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(CURDIR)/.venv
 # Asked for first and by version, so that a local CPU build is taken where there is one.
 TORCH ?= torch==2.13.0
 # For a machine without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA libraries.
 TORCH_INDEX ?=
 # PY=python3 uses an environment that is already complete, and sets nothing up.
-PY ?= $(VENV)/bin/python
-READY := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
+PY ?= $(abspath $(VENV))/bin/python
+READY := $(if $(filter $(abspath $(VENV))/bin/python,$(PY)),$(VENV)/.ready)
 PIN ?=
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 # The usual form, without extras, URLs or markers. It is told apart because packaging takes 20 ms to import, and specs
 # are built while torch is imported, to check the names in SLOTH_PLUGINS.
 _NUMBER = r"\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*"
-_PLAIN = re.compile(rf"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?((==|!=|>=|<=|<|>|~=){_NUMBER}(,(?!$)|$))*")
+_PLAIN = re.compile(rf"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?((==|!=|>=|<=|<|>){_NUMBER}(,(?!$)|$))*")
 
 
 class Unmet(NamedTuple):

@@ -22,11 +22,6 @@ class Environment:
     rank: int
     world_size: int
 
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this process speaks for all of them."""
-        return self.rank == 0
-
 
 @dataclass(frozen=True, slots=True)
 class Skip:
@@ -74,18 +69,21 @@ class Outcome:
     state: Literal["applied", "skipped", "off"]
     modules: int = 0
     reason: str = ""
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All outcomes for one model. `unknown` holds model types that no architecture covers."""
+    """All outcomes for one model. `unknown` holds model types that no architecture covers.
+
+    `changed` counts the modules that were given another class by this very call; a `dry` report is a plan.
+    """
 
     environment: Environment
     selection: str
     outcomes: tuple[Outcome, ...]
     unknown: tuple[str, ...] = ()
     changed: int = 0
+    dry: bool = False
 
     @property
     def applied(self) -> tuple[Outcome, ...]:

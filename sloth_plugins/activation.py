@@ -3,8 +3,10 @@
 import atexit
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
+from sysconfig import get_path
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +16,8 @@ from .processes import rank
 from .selection import VARIABLE, Selection, check_names, parse
 from .watching import Watcher
 
-# Programs that start training processes; no model is expected to train in them.
-LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed")
-LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed.")
+# Run with `python -m`, these start training processes or serve a test run; installed commands are told by their folder.
+LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed.", "trl.", "transformers.", "pytest")
 
 
 @dataclass(slots=True)
@@ -88,10 +89,16 @@ def deactivate() -> None:
 
 
 def _module_came(module: ModuleType) -> None:
-    seams.open_seams(module, enter)
+    """Open the seams of a module; a failure of ours must not break somebody's import."""
+    try:
+        missing = seams.open_seams(module, enter)
+    except Exception as error:  # noqa: BLE001 - whatever upstream has become, its import goes on; it is printed
+        missing = [f"{module.__name__} ({type(error).__name__}: {error})"]
+    for name in missing:
+        _say(f"sloth-plugins: {name} is not what it was, so no model is patched there; call sloth_plugins.patch(model)")
 
 
-def enter(model: Any) -> None:
+def enter(model: Any, is_compiled: bool = False) -> None:
     """A model enters training: patch it and print the report, once.
 
     A user's mistake ends the process with exit code 2. Any failure of our own leaves the model stock and says so.
@@ -104,23 +111,23 @@ def enter(model: Any) -> None:
         return
     _active.reached = True
     try:
-        _patch(model, _active)
+        _patch(model, _active, is_compiled)
     except SlothError as error:
-        print(f"sloth-plugins: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the process ends with this line
+        _say(f"sloth-plugins: {error}")
         raise SystemExit(2) from None
     except Exception as error:  # noqa: BLE001 - our defect must not end somebody's training; it is printed
         kind = type(model).__name__
         _say(f"sloth-plugins: {kind} trains stock, since patching it failed: {type(error).__name__}: {error}")
 
 
-def _patch(model: Any, active: Activation) -> None:
+def _patch(model: Any, active: Activation, is_compiled: bool) -> None:
     from .discovery import plugins
     from .environment import conflicts
-    from .patching import examine, reverted
+    from .patching import examine, was_reverted
     from .report import text
 
     kind = type(model).__name__
-    if model in reverted:
+    if was_reverted(model):
         _say(f"sloth-plugins: {kind} was reverted and trains stock; sloth_plugins.patch(model) patches it again")
         return
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -133,30 +140,41 @@ def _patch(model: Any, active: Activation) -> None:
     for conflict in conflicts():
         _say(f"sloth-plugins: {conflict}; modules that it has changed are left alone")
     if not report.outcomes:
-        what = f"model type {report.unknown[0]!r}" if report.unknown else f"{kind}, which has no config.model_type"
-        _say(f"sloth-plugins: no architecture covers {what} (known: {', '.join(known.catalogue())}); it trains stock")
-    else:
-        rendered = text(report)
-        if report.changed:
-            active.printed.discard(rendered)
-        _say(rendered)
+        _say(f"sloth-plugins: {_nothing_to_do(kind, report.unknown, known.catalogue())}; it trains stock")
+        return
+    rendered = text(report)
+    if report.changed:
+        active.printed.discard(rendered)
+    _say(rendered)
+    if is_compiled and report.applied:
+        _say("sloth-plugins: torch.compile is on: what it compiles runs upstream's forwards, which it fuses itself")
 
 
-def _is_launcher() -> bool:
+def _nothing_to_do(kind: str, unknown: tuple[str, ...], known: Iterable[str]) -> str:
+    if unknown:
+        return f"no architecture covers model type {unknown[0]!r} (known: {', '.join(known)})"
+    return f"{kind} holds no model with a config.model_type, or a plugin has emptied the plan"
+
+
+def _is_installed_program() -> bool:
+    """Whether this is a command such as accelerate, torchrun, trl or pytest, which may train in other processes."""
     main = sys.modules.get("__main__")
     module = getattr(getattr(main, "__spec__", None), "name", "") or ""
-    return os.path.basename(sys.argv[0] if sys.argv else "") in LAUNCHERS or module.startswith(LAUNCHER_MODULES)
+    if module.startswith(LAUNCHER_MODULES):
+        return True
+    folder = os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv and sys.argv[0] else ""
+    return folder == os.path.abspath(get_path("scripts"))
 
 
 def _say_if_nothing_came() -> None:
     """Nothing is ever silently not applied. An exception on its way out is the better message."""
-    if _active is None or _active.reached or parent_process() is not None or _is_launcher():
+    if _active is None or _active.reached or parent_process() is not None or _is_installed_program():
         return
     patching = sys.modules.get(f"{__package__}.patching")
-    if getattr(sys, "last_type", None) is not None or (patching is not None and patching.called_by_hand):
+    if getattr(sys, "last_type", None) is not None or (patching is not None and patching.was_called_by_hand()):
         return
     _say(
-        f"sloth-plugins: {VARIABLE}={_active.selection.text!r} was set, but no model entered Trainer.train or "
-        "Accelerator.prepare in this process, so nothing was patched; "
-        "a loop of your own calls sloth_plugins.patch(model)"
+        f"sloth-plugins: {VARIABLE}={_active.selection.text!r} was set, but in this process no model entered "
+        "Trainer.train or Accelerator.prepare, so nothing was patched; a loop of your own calls "
+        "sloth_plugins.patch(model)"
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .errors import SlothError
+from .origin import home
 from .resolving import Binding
 
 MARK = "_sloth_patched"
@@ -114,14 +115,17 @@ def _release(module: torch.nn.Module, state: Patched) -> None:
             binding.scoped.release(module)
 
 
-def _swap(module: torch.nn.Module, kind: type) -> None:
-    """Give a module another class, with the bound forwards that accelerate's hooks or upstream's capture keep in it."""
+def _own_bound_forwards(module: torch.nn.Module) -> dict[str, MethodType]:
+    """The module's own forward where accelerate's hooks or upstream's capture of outputs keep it in the instance."""
+    held = {name: vars(module).get(name) for name in ("forward", "_old_forward")}
+    own = type(module).forward
+    return {name: bound for name, bound in held.items() if isinstance(bound, MethodType) and bound.__func__ is own}
+
+
+def _swap(module: torch.nn.Module, kind: type, bound: dict[str, MethodType]) -> None:
+    """Give a module another class, and the bound forwards that go with it."""
     before = patched(module)
-    old_forward = type(module).forward
-    for name in ("forward", "_old_forward"):
-        bound = vars(module).get(name)
-        if isinstance(bound, MethodType) and bound.__func__ is old_forward:
-            vars(module)[name] = MethodType(kind.forward, module)  # type: ignore[attr-defined]  # a module class
+    vars(module).update(bound)
     module.__class__ = kind
     if before is not None:
         _release(module, before)
@@ -132,13 +136,14 @@ def _foreign(module: torch.nn.Module, binding: Binding, original: type) -> str |
     """Who else has replaced this module's forward, or None if it is upstream's own."""
     if original.forward is not binding.kind.forward:  # type: ignore[attr-defined]  # both are module classes
         return f"{original.__module__}.{original.__qualname__} has its own forward"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return "parametrized, which gives it a class of its own"
     state = vars(module)
     slot = "_old_forward" if "_hf_hook" in state else "forward"
     held = state.get(slot)
     if held is None or (isinstance(held, MethodType) and held.__func__ is type(module).forward):
         return None
-    function = getattr(held, "func", held)
-    return f"forward already replaced by {getattr(function, '__module__', type(function).__module__)}"
+    return f"forward already replaced by {home(held)}"
 
 
 @dataclass(slots=True)
@@ -168,7 +173,10 @@ def survey(model: torch.nn.Module, bindings: Iterable[Binding], check: Check) ->
         for result in surveys:
             if not issubclass(original, result.binding.kind):
                 continue
+            taken = next((other for other in found if other.patch.target == result.binding.patch.target), None)
             refusal = check(result.binding, module) or _foreign(module, result.binding, original)
+            if refusal is None and taken is not None:
+                refusal = f"patch {taken.patch.name!r} already replaces {taken.patch.target.partition(':')[2]}"
             if refusal is None:
                 result.modules.append(name)
                 found.append(result.binding)
@@ -185,7 +193,7 @@ def apply(wanted: Iterable[tuple[torch.nn.Module, list[Binding]]]) -> int:
 
     All or nothing: whatever interrupts it, a keyboard interrupt too, the modules changed so far get their class back.
     """
-    done: list[tuple[torch.nn.Module, type]] = []
+    done: list[tuple[torch.nn.Module, type, dict[str, MethodType]]] = []
     try:
         for module, bindings in wanted:
             state = patched(module)
@@ -193,15 +201,18 @@ def apply(wanted: Iterable[tuple[torch.nn.Module, list[Binding]]]) -> int:
                 continue
             if state is not None and MARK not in vars(type(module)):
                 raise SlothError(
-                    f"{type(module).__qualname__} was sharded or wrapped after it was patched; "
-                    "revert before accelerator.prepare or fully_shard"
+                    f"the class of a {type(module).__qualname__} was changed after it was patched (by sharding or "
+                    "parametrization); revert the model before that"
                 )
             original = state.original if state else type(module)
-            done.append((module, type(module)))
-            _swap(module, _generate(original, tuple(bindings)) if bindings else original)
+            kind = _generate(original, tuple(bindings)) if bindings else original
+            own = _own_bound_forwards(module)
+            done.append((module, type(module), own))
+            new = {name: MethodType(kind.forward, module) for name in own}  # type: ignore[attr-defined]  # a module class
+            _swap(module, kind, new)
     except BaseException:
-        for module, kind in reversed(done):
-            _swap(module, kind)
+        for module, kind, own in reversed(done):
+            _swap(module, kind, own)
         raise
     return len(done)
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from . import __version__
 from .discovery import Plugins, plugins
-from .errors import SlothError
-from .selection import VARIABLE, parse
+from .errors import SlothError, nearest
+from .selection import VARIABLE, Selection, parse
 
 app = typer.Typer(
     help="Faster fine-tuning by one environment flag: SLOTH_PLUGINS=1 accelerate launch train.py",
@@ -20,8 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 Model = Annotated[str, typer.Option("--model", help="a folder, a config.json, or a hub id", show_default=False)]
 Select = Annotated[
@@ -42,10 +42,8 @@ def _one_line() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _selection(given: str | None) -> str:
-    text = given if given is not None else (_flag or "1")
-    parse(text)
-    return text
+def _selection(given: str | None) -> Selection:
+    return parse(_flag or "1") if given is None else parse(given, "--select")
 
 
 def _say_problems(known: Plugins) -> None:
@@ -133,4 +131,24 @@ def main() -> None:
     from .activation import deactivate
 
     deactivate()
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # Told by what it can do, since typer may carry a click of its own.
+        usage = getattr(error, "format_message", None)
+        if usage is None:
+            raise
+        err.print(f"sloth-plugins: {_usage_text(usage())}", markup=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _usage_text(message: str) -> str:
+    """A mistake in the arguments, in one line, with the nearest command."""
+    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    words = message.split("'")
+    hint = nearest(words[1], names) if message.startswith("No such command") and len(words) > 1 else ""
+    script = " (a script to run ends in .py)" if message.startswith("No such command") else ""
+    return f"{' '.join(message.split()).rstrip('.')}{hint}{script}; `sloth-plugins --help` shows what there is"

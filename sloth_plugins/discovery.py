@@ -19,6 +19,7 @@ from sloth_plugins.registry import (
     Environment,
     Patch,
     Plan,
+    PlanItem,
     Report,
     Skip,
     hookspecs,
@@ -39,9 +40,21 @@ class Problem:
         return f"plugin {self.plugin!r} {self.message}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _fault_of(items: Any) -> str | None:
+    """What is wrong with the items of a plan, or None."""
+    if not isinstance(items, list):
+        return repr(items)
+    for item in items:
+        if not isinstance(item, PlanItem):
+            return f"{item!r}, which is not a PlanItem,"
+    names = [(item.architecture, item.patch.name) for item in items]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return None if twice is None else f"{':'.join(twice)} twice"
 
 
 class Plugins:
@@ -64,12 +77,14 @@ class Plugins:
         for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
             try:
                 module = entry.load()
-            except Exception as error:  # noqa: BLE001 - a third party's import may raise anything; it is reported
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's import may raise anything
                 self.problems.append(Problem(entry.name, f"({entry.value}) cannot be imported: {_one_line(error)}"))
             else:
                 self._register(module, entry.name)
 
     def _register(self, module: object, name: str) -> None:
+        if self._manager.has_plugin(name):
+            name = f"{name}@{getattr(module, '__name__', 'another')}"
         try:
             self._manager.register(module, name)
             self._manager.check_pending()
@@ -78,10 +93,13 @@ class Plugins:
                 self._manager.unregister(name=name)
             self.problems.append(Problem(name, f"does not fit the hooks: {_one_line(error)}"))
 
-    def _each(self, hook: str, *, latest_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
+    def _each(
+        self, hook: str, *, latest_first: bool = False, many: bool = False, **arguments: Any
+    ) -> Iterator[tuple[str, Any]]:
         """Every plugin's own result of a hook; one that raises is reported and left out.
 
         In registration order, so that what is built in stands; `latest_first` where a plugin may answer in its stead.
+        With `many` the results are lists, and a plugin whose result is no iterable counts as one that raises.
         """
         implementations = getattr(self._manager.hook, hook).get_hookimpls()
         for implementation in reversed(implementations) if latest_first else implementations:
@@ -91,9 +109,11 @@ class Plugins:
             accepted = {name: arguments[name] for name in implementation.argnames}
             try:
                 result = implementation.function(**accepted)
-                yield implementation.plugin_name, list(result) if isinstance(result, Iterator) else result
-            except Exception as error:  # noqa: BLE001 - a third party's hook may raise anything; it is reported
+                result = list(() if result is None else result) if many else result
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a third party's hook may raise anything
                 self.report_problem(implementation.plugin_name, f"raised in {hook}: {_one_line(error)}")
+            else:
+                yield implementation.plugin_name, result
 
     def report_problem(self, plugin: str, message: str) -> None:
         """Remember a problem, once."""
@@ -103,8 +123,8 @@ class Plugins:
 
     def _collect_architectures(self) -> None:
         claimed: dict[str, str] = {}
-        for plugin, specs in self._each("sloth_architectures"):
-            for spec in specs or ():
+        for plugin, specs in self._each("sloth_architectures", many=True):
+            for spec in specs:
                 if not isinstance(spec, ArchitectureSpec):
                     self.report_problem(plugin, f"declares {spec!r}, which is not an ArchitectureSpec")
                     continue
@@ -124,8 +144,8 @@ class Plugins:
     def _collect_patches(self, spec: ArchitectureSpec) -> tuple[Patch, ...]:
         patches = {patch.name: patch for patch in spec.patches}
         owner = dict.fromkeys(patches, self._owner[spec.name])
-        for plugin, extra in self._each("sloth_patches", architecture=spec):
-            for patch in extra or ():
+        for plugin, extra in self._each("sloth_patches", many=True, architecture=spec):
+            for patch in extra:
                 if not isinstance(patch, Patch):
                     self.report_problem(plugin, f"adds {patch!r} to {spec.name}, which is not a Patch")
                 elif patch.name in patches:
@@ -157,7 +177,7 @@ class Plugins:
         for plugin, name in self._each("sloth_architecture_of", latest_first=True, config=config):
             if name is None:
                 continue
-            if name in self.architectures:
+            if isinstance(name, str) and name in self.architectures:
                 return self.architectures[name]
             self.report_problem(plugin, f"names architecture {name!r}, which nobody declares")
         model_type = getattr(config, "model_type", None)
@@ -165,8 +185,13 @@ class Plugins:
 
     def adjust_plan(self, plan: Plan, environment: Environment) -> None:
         """Let every plugin change the plan in place."""
-        for _ in self._each("sloth_adjust_plan", plan=plan, environment=environment):
-            pass
+        before = list(plan.items)
+        for plugin, _ in self._each("sloth_adjust_plan", plan=plan, environment=environment):
+            fault = _fault_of(plan.items)
+            if fault is not None:
+                self.report_problem(plugin, f"left {fault} in the plan; its changes are undone")
+                plan.items = before
+            before = list(plan.items)
 
     def check(self, patch: Patch, module: Any, environment: Environment) -> Skip | None:
         """The first refusal of a patch for a module, or None."""

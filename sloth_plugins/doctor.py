@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .environment import REPORTED, installed_version, probe
+from .environment import REPORTED, RIVALS, installed_version, probe
 from .planning import MINIMUM
 from .report import columns
 from .selection import VARIABLE
@@ -18,18 +18,13 @@ if TYPE_CHECKING:
 
 SELF_CHECK = "sloth_plugins.patches.kernels.selfcheck"
 SELF_CHECK_SECONDS = 300
-MODULES = {"liger-kernel": "liger_kernel"}
-MEETINGS = {
-    "unsloth": "rewrites transformers when it is imported; what it has changed is left alone",
-    "liger-kernel": "patches the same classes when use_liger_kernel is set; what it has changed is left alone",
-    "kernels": "replaces layers when use_kernels is set; what it has replaced is left alone",
-}
 
 
 def kernel_checks() -> list[dict[str, object]]:
     """Run every kernel, forward and backward, in a process of its own: compiled on a GPU, else interpreted.
 
-    Each entry has `kernel`, `backend`, `error`, `limit` (relative errors against float64) and `ok`. A process that
+    Each entry has `kernel`, `backend`, `error`, `limit` (relative, against the reference in
+    the same dtype) and `ok`. A process that
     dies is one entry with the last line that it wrote.
     """
     import torch
@@ -52,14 +47,8 @@ def kernel_checks() -> list[dict[str, object]]:
 
 
 def _conflict_rows() -> list[tuple[str, str]]:
-    rows = []
-    for name, meeting in MEETINGS.items():
-        module = MODULES.get(name, name)
-        if module in sys.modules:
-            rows.append((name, f"in this process: {meeting}"))
-        elif find_spec(module) is not None:
-            rows.append((name, f"installed, not in this process: {meeting}"))
-    return rows
+    found = [f"{name} is installed; it {when}" for name, module, when in RIVALS if find_spec(module) is not None]
+    return [("conflict", f"{text}; what it has changed is left alone") for text in found] or [("conflicts", "none")]
 
 
 def examine_installation(out: "Console") -> bool:
@@ -77,7 +66,7 @@ def examine_installation(out: "Console") -> bool:
         rows.append(
             ("autoload", "off (TORCH_DEVICE_BACKEND_AUTOLOAD=0): use accelerate launch -m sloth_plugins train.py")
         )
-    rows += [("conflict", f"{name} {meeting}") for name, meeting in _conflict_rows()] or [("conflicts", "none")]
+    rows += _conflict_rows()
     out.print("\n".join(columns(rows)), markup=False)
     with out.status("running the kernels"):
         checks = kernel_checks()

@@ -17,11 +17,12 @@ REPORTED = (
     *("liger-kernel", "kernels", "unsloth"),
 )
 
-# Packages that change the same classes, by the module that shows they are in the process.
-RIVALS = {
-    "unsloth": "Unsloth rewrites transformers when it is imported",
-    "liger_kernel": "Liger patches the same classes",
-}
+# Packages that change the same classes: distribution, module, when they do it.
+RIVALS = (
+    ("unsloth", "unsloth", "rewrites transformers when it is imported"),
+    ("liger-kernel", "liger_kernel", "patches the same classes when use_liger_kernel is set"),
+    ("kernels", "kernels", "replaces layers when use_kernels is set"),
+)
 
 
 class Versions(Mapping[str, str]):
@@ -71,8 +72,8 @@ def triton_state() -> TritonState:
 
 
 def conflicts() -> tuple[str, ...]:
-    """Packages in this process that change the same classes as we do."""
-    return tuple(reason for module, reason in RIVALS.items() if module in sys.modules)
+    """Packages in this process that change the same classes as we do, each with when it does."""
+    return tuple(f"{name} {when}" for name, module, when in RIVALS if module in sys.modules and name != "kernels")
 
 
 def probe() -> Environment:

@@ -8,7 +8,7 @@ from sloth_plugins.registry import Report
 
 from .discovery import Plugins, plugins
 from .errors import SlothError, nearest
-from .selection import parse
+from .selection import Selection
 
 
 def config_file(model: str) -> Path:
@@ -65,15 +65,21 @@ def empty_model(config: Any) -> Any:
 
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
         if type(config) in auto._model_mapping:
-            with torch.device("meta"):
-                return auto.from_config(config)
+            try:
+                with torch.device("meta"):
+                    return auto.from_config(config)
+            except Exception as error:  # noqa: BLE001 - a config may be wrong in any way; its reason is passed on
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise SlothError(
+                    f"transformers cannot build a {config.model_type} from this config: {reason}"
+                ) from None
     raise SlothError(f"transformers has no model class for model type {config.model_type!r}")
 
 
-def dry_run(model: str, selection: str, known: Plugins | None = None) -> Report:
+def dry_run(model: str, selection: Selection, known: Plugins | None = None) -> Report:
     """What `patch` would do to a model, from its config.json. Changes and downloads nothing else."""
     from .patching import examine
 
     known = plugins() if known is None else known
     config = load_config(model)
-    return examine(empty_model(config), parse(selection), dry=True, known=known)
+    return examine(empty_model(config), selection, dry=True, known=known)

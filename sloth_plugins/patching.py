@@ -1,7 +1,6 @@
 """`patch(model)` and `revert(model)`: from a model and a selection to a report."""
 
 import os
-import time
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -18,16 +17,25 @@ from .planning import configs_of, make_plan
 from .resolving import Binding, bind
 from .selection import VARIABLE, Selection, check_names, parse
 
-reverted: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-"""Models that the user reverted: a seam leaves them alone until `patch` is called again."""
-
-called_by_hand = False
-"""Whether `patch` was called in this process, so that there is nothing to say at exit."""
+# What the user did by hand in this process: the seams leave a reverted model alone, and the line at exit that nothing
+# was patched is not said once `patch` was called.
+_reverted: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_called_by_hand = False
 
 
 def default_selection() -> Selection:
     """What SLOTH_PLUGINS says; everything that is on by default where it is not set."""
     return parse(os.environ.get(VARIABLE, "1"))
+
+
+def was_called_by_hand() -> bool:
+    """Whether the user has called `patch` in this process."""
+    return _called_by_hand
+
+
+def was_reverted(model: torch.nn.Module) -> bool:
+    """Whether the user has reverted a model, or a part of it, and not patched it since."""
+    return bool(_reverted) and any(module in _reverted for module in model.modules())
 
 
 def _bind(item: PlanItem) -> tuple[PlanItem, Binding | None]:
@@ -43,8 +51,8 @@ def _refusal_text(result: application.Survey) -> str:
     return f"{result.refusals.total()} left alone ({result.refused_example}: {reason}{others})"
 
 
-def _outcome(item: PlanItem, result: application.Survey | None, seconds: float) -> Outcome:
-    base = Outcome(architecture=item.architecture, patch=item.patch.name, state="skipped", seconds=seconds)
+def _outcome(item: PlanItem, result: application.Survey | None) -> Outcome:
+    base = Outcome(architecture=item.architecture, patch=item.patch.name, state="skipped")
     if not item.selected:
         return replace(base, state="off", reason="not selected")
     if item.skip is not None:
@@ -56,25 +64,25 @@ def _outcome(item: PlanItem, result: application.Survey | None, seconds: float) 
     return replace(base, reason=refused or f"the model has no {result.binding.kind.__qualname__}")
 
 
-def _refuse_if_named(items: list[PlanItem], outcomes: list[Outcome]) -> None:
+def _refuse_if_named(items: list[PlanItem], outcomes: list[Outcome], selection: Selection) -> None:
     for item, outcome in zip(items, outcomes, strict=True):
         if item.named and outcome.state == "skipped":
             raise SlothError(
                 f"{item.architecture}:{item.patch.name} was asked for by name and cannot run: {outcome.reason}; "
-                f"take it out of {VARIABLE} to train without it"
+                f"take it out of {selection.source} to train without it"
             )
 
 
-def architectures_of(model: Any, plugins: Plugins) -> tuple[dict[str, tuple[ArchitectureSpec, Any]], tuple[str, ...]]:
-    """The known architectures in a model with their configs, and the model types that nobody covers."""
-    known: dict[str, tuple[ArchitectureSpec, Any]] = {}
+def architectures_of(model: Any, plugins: Plugins) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
+    """Configs by architecture name, of all that a model holds, and the model types that nobody covers."""
+    known: dict[str, list[Any]] = {}
     unknown: dict[str, None] = {}
     for config in configs_of(model):
-        spec = plugins.architecture_of(config)
+        spec: ArchitectureSpec | None = plugins.architecture_of(config)
         if spec is None:
             unknown[config.model_type] = None
         else:
-            known.setdefault(spec.name, (spec, config))
+            known.setdefault(spec.name, []).append(config)
     return known, tuple(unknown)
 
 
@@ -87,10 +95,9 @@ def examine(
     check_names(selection, known.catalogue())
     environment = probe()
     found, unknown = architectures_of(model, known)
-    start = time.perf_counter()
     items: list[PlanItem] = []
-    for spec, config in found.values():
-        items += make_plan(spec, config, selection, environment, known).items
+    for name, configs in found.items():
+        items += make_plan(known.architectures[name], configs, selection, environment, known).items
     bound = [_bind(item) for item in items]
     items = [item for item, _ in bound]
 
@@ -101,9 +108,8 @@ def examine(
     bindings = [binding for _, binding in bound if binding is not None]
     surveys, wanted = application.survey(model, bindings, check)
     by_binding = {id(result.binding): result for result in surveys}
-    seconds = time.perf_counter() - start
-    outcomes = [_outcome(item, by_binding.get(id(binding)), seconds) for item, binding in bound]
-    _refuse_if_named(items, outcomes)
+    outcomes = [_outcome(item, by_binding.get(id(binding))) for item, binding in bound]
+    _refuse_if_named(items, outcomes, selection)
     changed = 0 if dry else application.apply(wanted.values())
     report = Report(
         environment=environment,
@@ -111,30 +117,41 @@ def examine(
         outcomes=tuple(outcomes),
         unknown=unknown,
         changed=changed,
+        dry=dry,
     )
     if not dry:
         known.report(report)
     return report
 
 
+def _must_be_a_module(model: object, function: str) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise SlothError(f"{function}() takes a torch.nn.Module, not {type(model).__name__} {model!r:.60}")
+
+
 def patch(model: torch.nn.Module, selection: str | None = None) -> Report:
     """Bring a model to exactly the selected patches, in place.
 
     `selection` has the form of SLOTH_PLUGINS and defaults to it, or to everything that is on by default. Calling it
-    again with another selection adds and removes; `"off"` is `revert`. Raises `SlothError` for a selection that
+    again with another selection adds and removes; `"off"` takes all away. Raises `SlothError` for a selection that
     names something unknown, or a patch that cannot run here.
     """
-    global called_by_hand
-    called_by_hand = True
-    reverted.discard(model)
-    return examine(model, None if selection is None else parse(selection))
+    global _called_by_hand
+    _must_be_a_module(model, "patch")
+    parsed = None if selection is None else parse(selection, "selection")
+    _called_by_hand = True
+    for module in model.modules():
+        _reverted.discard(module)
+    return examine(model, parsed)
 
 
 def revert(model: torch.nn.Module) -> int:
     """Give every module of a model its own class back; returns how many had been patched.
 
-    The model stays stock in this process until `patch` is called on it: a Trainer that it enters leaves it alone.
+    The model stays stock in this process until `patch` is called on it: a Trainer that it enters leaves it alone, with
+    all that is around it.
     """
+    _must_be_a_module(model, "revert")
     count = application.revert(model)
-    reverted.add(model)
+    _reverted.add(model)
     return count

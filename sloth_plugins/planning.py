@@ -1,6 +1,6 @@
 """Selection x architecture x environment x config -> Plan: what is meant to happen, and why not the rest."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,15 +34,19 @@ def unmet_condition(patch: Patch, spec: ArchitectureSpec, config: Any, environme
 
 
 def make_plan(
-    spec: ArchitectureSpec, config: Any, selection: Selection, environment: Environment, plugins: Plugins
+    spec: ArchitectureSpec, configs: Sequence[Any], selection: Selection, environment: Environment, plugins: Plugins
 ) -> Plan:
-    """The plan for one architecture of a model, after every plugin has adjusted it."""
+    """The plan for one architecture of a model, after every plugin has adjusted it.
+
+    A model may hold several models of one architecture, with configs of their own: a patch must fit all of them.
+    """
     items = []
     for patch in plugins.patches(spec.name):
         decision = decide(selection, spec.name, patch.name, default=patch.default)
         item = PlanItem(architecture=spec.name, patch=patch, selected=decision.selected, named=decision.named)
         if decision.selected:
-            item = replace(item, skip=unmet_condition(patch, spec, config, environment))
+            unmet = (unmet_condition(patch, spec, config, environment) for config in configs)
+            item = replace(item, skip=next((skip for skip in unmet if skip is not None), None))
         items.append(item)
     plan = Plan(items)
     plugins.adjust_plan(plan, environment)
@@ -54,6 +58,6 @@ def configs_of(model: Any) -> Iterator[Any]:
     seen: set[int] = set()
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "model_type", None) and id(config) not in seen:
+        if isinstance(getattr(config, "model_type", None), str) and id(config) not in seen:
             seen.add(id(config))
             yield config

@@ -9,7 +9,7 @@ def rank() -> int:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank())
-    return _from_launcher("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
+    return _from_launcher("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", default=0)
 
 
 def world_size() -> int:
@@ -23,6 +23,6 @@ def world_size() -> int:
 def _from_launcher(*names: str, default: int) -> int:
     for name in names:
         value = os.environ.get(name, "")
-        if value.isdigit():
+        if value.isascii() and value.isdigit():
             return int(value)
     return default

@@ -30,8 +30,9 @@ def environment_line(environment: Environment) -> str:
     return ", ".join(parts)
 
 
-def _row(outcome: Outcome) -> tuple[str, str, str, str]:
-    return f"{outcome.architecture}:{outcome.patch}", str(outcome.modules), outcome.state, outcome.reason
+def _row(outcome: Outcome, *, dry: bool) -> tuple[str, str, str, str]:
+    state = {"applied": "applies", "skipped": "skips"}.get(outcome.state, outcome.state) if dry else outcome.state
+    return f"{outcome.architecture}:{outcome.patch}", str(outcome.modules), state, outcome.reason
 
 
 def text(report: Report) -> str:
@@ -39,7 +40,8 @@ def text(report: Report) -> str:
     head = f"sloth-plugins {__version__} ({environment_line(report.environment)}), selection {report.selection!r}"
     lines = [head]
     if report.outcomes:
-        lines += columns([("patch", "modules", "state", "why"), *map(_row, report.outcomes)])
+        rows = [_row(outcome, dry=report.dry) for outcome in report.outcomes]
+        lines += columns([("patch", "modules", "state", "why"), *rows])
     if report.unknown:
         types = ", ".join(map(repr, report.unknown))
         lines.append(

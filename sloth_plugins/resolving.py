@@ -10,7 +10,8 @@ from typing import Any
 from sloth_plugins.registry import Patch, Skip
 
 from .errors import nearest
-from .scoped import ScopedFunction, is_unused_stand_in, original_of, scoped_function
+from .origin import foreign_layer
+from .scoped import ScopedFunction, is_unused_stand_in, original_of, scoped_function, with_signature
 
 Forward = Callable[..., Any]
 
@@ -45,11 +46,6 @@ def _look_up(path: str, field: str) -> tuple[ModuleType, Any]:
         raise _Refused(Skip(f"{field} {path} does not exist{hint}")) from error
 
 
-def _module_of(function: Any) -> str:
-    unwrapped = inspect.unwrap(function)
-    return str(getattr(unwrapped, "__module__", None) or type(unwrapped).__module__)
-
-
 def _class(path: str, field: str) -> type:
     """The class, provided that it and its forward are upstream's own."""
     module, kind = _look_up(path, field)
@@ -58,8 +54,8 @@ def _class(path: str, field: str) -> type:
     if kind.__module__ != module.__name__:
         raise _Refused(Skip(f"{field} {path} was replaced by {kind.__module__}.{kind.__qualname__}"))
     defining = next(base for base in kind.__mro__ if "forward" in vars(base))
-    foreign = _module_of(defining.forward)  # type: ignore[attr-defined]  # `forward` is in its vars
-    if foreign != defining.__module__:
+    foreign = foreign_layer(defining.forward, defining.__module__)  # type: ignore[attr-defined]  # it is in its vars
+    if foreign is not None:
         raise _Refused(Skip(f"{kind.__qualname__}.forward was replaced by {foreign}"))
     return kind
 
@@ -120,10 +116,12 @@ def bind(patch: Patch) -> Binding | Skip:
             return Skip(f"target {patch.target} is a function, so `within` must name the class that calls it")
         name = patch.target.partition(":")[2]
         original = original_of(target)
-        is_own = inspect.isfunction(original) and _module_of(original) == owner.__name__
-        if not is_own and not is_unused_stand_in(original):
-            return Skip(f"{name} was replaced by {_module_of(original)}")
-        scoped = scoped_function(owner, name, original, patch.replacement, lambda f: _make(factory, patch, f))
-        return Binding(patch, _class(patch.within, "within"), scoped.caller, scoped)
+        foreign = None if is_unused_stand_in(original) else foreign_layer(original, owner.__name__)
+        if foreign is not None:
+            return Skip(f"{name} was replaced by {foreign}")
+        replacement = _make(factory, patch, with_signature(original))
+        scoped = scoped_function(owner, name, original)
+        caller = _class(patch.within, "within")
+        return Binding(patch, caller, lambda forward: scoped.caller(forward, replacement), scoped)
     except _Refused as refused:
         return refused.skip

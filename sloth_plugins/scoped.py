@@ -1,8 +1,8 @@
-"""A module-level function with a replacement that only chosen modules see.
+"""A module-level function with replacements that only chosen modules see.
 
 Upstream's attention calls `apply_rotary_pos_emb` through its module's globals, so one instance alone cannot be given
 another function without copying its body. Instead the global becomes a dispatcher, and the `forward` of a patched
-instance opens a scope in which the dispatcher takes the replacement. Everybody else still runs the original.
+instance opens a scope in which the dispatcher takes that instance's replacement. Everybody else runs the original.
 """
 
 import functools
@@ -18,40 +18,33 @@ Function = Callable[..., Any]
 
 
 class ScopedFunction:
-    """One module-level function, its replacement, and the modules that hold it."""
+    """One module-level function and the modules for which it is replaced, whatever each of them replaces it by."""
 
-    def __init__(self, owner: ModuleType, name: str, original: Function, replacement: Function) -> None:
+    def __init__(self, owner: ModuleType, name: str, original: Function) -> None:
         self.owner = owner
         self.name = name
         self.original = original
-        self.replacement = replacement
-        self._in_scope: ContextVar[bool] = ContextVar(f"sloth_plugins.{owner.__name__}.{name}", default=False)
+        self._replacement: ContextVar[Function | None] = ContextVar(f"{owner.__name__}.{name}", default=None)
         self._holders: dict[int, weakref.ref[torch.nn.Module]] = {}
-        self._dispatcher = self._make_dispatcher()
+        self.dispatcher = self._make_dispatcher()
 
     def _make_dispatcher(self) -> Function:
-        original, replacement, in_scope = self.original, self.replacement, self._in_scope
+        original, in_scope = self.original, self._replacement
 
-        @functools.wraps(_with_signature(original))
+        @functools.wraps(with_signature(original))
         def dispatch(*args: Any, **kwargs: Any) -> Any:
             # Under torch.compile the scope is never opened, and a ContextVar cannot be traced.
-            if torch.compiler.is_compiling() or not in_scope.get():
-                return original(*args, **kwargs)
-            return replacement(*args, **kwargs)
+            replacement = None if torch.compiler.is_compiling() else in_scope.get()
+            return (original if replacement is None else replacement)(*args, **kwargs)
 
         return dispatch
-
-    @property
-    def is_installed(self) -> bool:
-        """Whether the module's global is our dispatcher now."""
-        return getattr(self.owner, self.name) is self._dispatcher
 
     def hold(self, module: torch.nn.Module) -> None:
         """Install the dispatcher for as long as `module` is patched."""
         key = id(module)
         self._holders[key] = weakref.ref(module, lambda _: self._drop(key))
         if getattr(self.owner, self.name) is self.original:
-            setattr(self.owner, self.name, self._dispatcher)
+            setattr(self.owner, self.name, self.dispatcher)
 
     def release(self, module: torch.nn.Module) -> None:
         """Put the original back when the last holder is gone, by revert or by garbage collection.
@@ -62,18 +55,18 @@ class ScopedFunction:
 
     def _drop(self, key: int) -> None:
         self._holders.pop(key, None)
-        if not self._holders and self.is_installed:
+        if not self._holders and getattr(self.owner, self.name) is self.dispatcher:
             setattr(self.owner, self.name, self.original)
 
-    def caller(self, original_forward: Function) -> Function:
-        """`original_forward` with the scope open around it."""
-        in_scope = self._in_scope
+    def caller(self, original_forward: Function, replacement: Function) -> Function:
+        """`original_forward`, with calls of the function from inside it going to `replacement`."""
+        in_scope = self._replacement
 
         @functools.wraps(original_forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return original_forward(self, *args, **kwargs)
-            token = in_scope.set(True)
+            token = in_scope.set(replacement)
             try:
                 return original_forward(self, *args, **kwargs)
             finally:
@@ -82,7 +75,23 @@ class ScopedFunction:
         return forward
 
 
-_functions: dict[tuple[str, str, str], ScopedFunction] = {}
+_functions: dict[tuple[str, str], ScopedFunction] = {}
+
+
+def original_of(function: Function) -> Function:
+    """The function behind one of our dispatchers, or the function itself."""
+    for scoped in _functions.values():
+        if function is scoped.dispatcher:
+            return scoped.original
+    return function
+
+
+def scoped_function(owner: ModuleType, name: str, original: Function) -> ScopedFunction:
+    """The one `ScopedFunction` of `owner.name`, as long as `original` stands behind it."""
+    known = _functions.get((owner.__name__, name))
+    if known is None or known.original is not original:
+        known = _functions[owner.__name__, name] = ScopedFunction(owner, name, original)
+    return known
 
 
 def is_unused_stand_in(function: Any) -> bool:
@@ -91,8 +100,8 @@ def is_unused_stand_in(function: Any) -> bool:
     return is_its and "forward" not in vars(function)
 
 
-def _with_signature(function: Function) -> Function:
-    """A stand-in's call takes anything; its forward tells what the function takes."""
+def with_signature(function: Function) -> Function:
+    """The function, with the signature that its calls have: a stand-in takes anything, its forward tells."""
     if not isinstance(function, torch.nn.Module):
         return function
 
@@ -101,20 +110,3 @@ def _with_signature(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return call
-
-
-def original_of(function: Function) -> Function:
-    """The function behind one of our dispatchers, or the function itself."""
-    for scoped in _functions.values():
-        if function is scoped._dispatcher:
-            return scoped.original
-    return function
-
-
-def scoped_function(owner: ModuleType, name: str, original: Function, path: str, factory: Function) -> ScopedFunction:
-    """The one `ScopedFunction` for a replacement (`path`) of `owner.name`, made by `factory` when it is new."""
-    key = (owner.__name__, name, path)
-    known = _functions.get(key)
-    if known is None or known.original is not original:
-        known = _functions[key] = ScopedFunction(owner, name, original, factory(_with_signature(original)))
-    return known

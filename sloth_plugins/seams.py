@@ -8,27 +8,36 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-Enter = Callable[[Any], None]
+Enter = Callable[[Any, bool], None]
+"""Told of a model that enters training, and whether it is going to be compiled."""
 
 
-def _models_of_trainer(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    yield trainer.model
+def _models_of_trainer(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, bool]]:
+    # With model_init the model at hand is thrown away; the one that is trained is prepared later.
+    if getattr(trainer, "model_init", None) is None:
+        yield trainer.model, bool(getattr(trainer.args, "torch_compile", False))
 
 
-def _models_to_prepare(accelerator: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    yield from args
+def _is_compiling(accelerator: Any) -> bool:
+    plugin = getattr(accelerator.state, "dynamo_plugin", None)
+    return str(getattr(getattr(plugin, "backend", None), "value", "NO")) != "NO"
+
+
+def _models_to_prepare(accelerator: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, bool]]:
+    for model in args:
+        yield model, _is_compiling(accelerator)
 
 
 def _model_to_prepare(
     accelerator: Any, model: Any, device_placement: Any = None, evaluation_mode: bool = False
-) -> Iterator[Any]:
+) -> Iterator[tuple[Any, bool]]:
     # Reference models, reward models and teachers are prepared so; they stay stock.
     if not evaluation_mode:
-        yield model
+        yield model, _is_compiling(accelerator)
 
 
 # module -> class, method, who enters training by it
-SEAMS: dict[str, tuple[tuple[str, str, Callable[..., Iterator[Any]]], ...]] = {
+SEAMS: dict[str, tuple[tuple[str, str, Callable[..., Iterator[tuple[Any, bool]]]], ...]] = {
     "transformers.trainer": (
         ("Trainer", "train", _models_of_trainer),
         ("Trainer", "evaluation_loop", _models_of_trainer),
@@ -42,28 +51,41 @@ SEAMS: dict[str, tuple[tuple[str, str, Callable[..., Iterator[Any]]], ...]] = {
 _wrapped: list[tuple[type, str, Any, Any]] = []
 
 
-def _wrap(owner: type, name: str, models: Callable[..., Iterator[Any]], enter: Enter) -> None:
-    original = vars(owner)[name]
+def _wrap(owner: type, name: str, models: Callable[..., Iterator[tuple[Any, bool]]], enter: Enter) -> None:
+    original = getattr(owner, name)
 
     @functools.wraps(original)
     def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for model in models(self, *args, **kwargs):
-            enter(model)
+        for model, is_compiled in models(self, *args, **kwargs):
+            enter(model, is_compiled)
         return original(self, *args, **kwargs)
 
+    _wrapped.append((owner, name, vars(owner).get(name), seam))
     setattr(owner, name, seam)
-    _wrapped.append((owner, name, original, seam))
 
 
-def open_seams(module: ModuleType, enter: Enter) -> None:
-    """Wrap the methods of `module` that SEAMS names, so that `enter(model)` runs before them."""
+def open_seams(module: ModuleType, enter: Enter) -> list[str]:
+    """Wrap the methods of `module` that SEAMS names, so that `enter` runs before them.
+
+    Returns those that upstream no longer has.
+    """
+    missing = []
     for class_name, method, models in SEAMS[module.__name__]:
-        _wrap(getattr(module, class_name), method, models, enter)
+        owner: Any = getattr(module, class_name, None)
+        if callable(getattr(owner, method, None)):
+            _wrap(owner, method, models, enter)
+        else:
+            missing.append(f"{module.__name__}.{class_name}.{method}")
+    return missing
 
 
 def close_seams() -> None:
     """Put the methods back, unless somebody else has wrapped them since."""
     while _wrapped:
-        owner, name, original, seam = _wrapped.pop()
-        if vars(owner)[name] is seam:
-            setattr(owner, name, original)
+        owner, name, own, seam = _wrapped.pop()
+        if vars(owner).get(name) is not seam:
+            continue
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)

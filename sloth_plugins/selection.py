@@ -21,6 +21,7 @@ VARIABLE = "SLOTH_PLUGINS"
 ON = ("1", "on", "true", "yes")
 OFF = ("", "0", "off", "false", "no")
 PATTERN = re.compile(r"[a-z0-9_*?]+")
+TERM = re.compile(r"-?[a-z0-9_*?]+(:[a-z0-9_*?]+(\+[a-z0-9_*?]+)*)?")
 FORM = "ARCH[:PATCH[+PATCH...]], for example llama:rms_norm+rope"
 
 
@@ -33,18 +34,14 @@ class Term:
     patches: tuple[str, ...] = ()
     excludes: bool = False
 
-    @property
-    def architecture_is_name(self) -> bool:
-        """Whether the architecture is written out, without a glob."""
-        return not _is_glob(self.architecture)
-
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A parsed selection; without terms it is off."""
+    """A parsed selection; without terms it is off. `source` says where it was written, for messages."""
 
     text: str
     terms: tuple[Term, ...] = ()
+    source: str = VARIABLE
 
     @property
     def is_off(self) -> bool:
@@ -65,37 +62,46 @@ class Decision:
     named: bool = False
 
 
-def _is_glob(pattern: str) -> bool:
-    return "*" in pattern or "?" in pattern
+def _readable(part: str) -> str:
+    """What was probably meant by a term: names are lower case, with underscores and without spaces."""
+    sign, rest = ("-", part[1:]) if part.startswith("-") else ("", part)
+    meant = sign + "".join(rest.split()).lower().replace("-", "_")
+    return f"; did you mean {meant!r}?" if meant != part and TERM.fullmatch(meant) else ""
 
 
-def _malformed(text: str, part: str, why: str) -> SlothError:
-    return SlothError(f"{VARIABLE}={text!r}: {part!r} {why}; a term is {FORM}, and 1 or off stand for all or nothing")
-
-
-def _parse_term(text: str, part: str) -> Term:
+def _parse_term(part: str) -> Term:
     if part == "":
-        raise SlothError(f"{VARIABLE}={text!r} has an empty term; a term is {FORM}")
+        raise SlothError(f"has an empty term; a term is {FORM}")
     if part.lower() in ON:
         return Term(text=part, architecture="*")
-    if part.lower() in OFF:
-        raise _malformed(text, part, "cannot be combined with other terms")
     excludes = part.startswith("-")
     architecture, colon, patches = part.removeprefix("-").partition(":")
-    if not PATTERN.fullmatch(architecture):
-        raise _malformed(text, part, "has no architecture that can be read")
     names = tuple(patches.split("+")) if colon else ()
-    for name in names:
-        if not PATTERN.fullmatch(name):
-            raise _malformed(text, part, f"has a patch {name!r} that cannot be read" if name else "has an empty patch")
-    return Term(text=part, architecture=architecture, patches=names, excludes=excludes)
+    if part.lower() in OFF:
+        fault = "cannot be combined with other terms"
+    elif not PATTERN.fullmatch(architecture):
+        fault = "has no architecture that can be read"
+    elif "" in names:
+        fault = "has an empty patch"
+    else:
+        unreadable = next((name for name in names if not PATTERN.fullmatch(name)), None)
+        if unreadable is None:
+            return Term(text=part, architecture=architecture, patches=names, excludes=excludes)
+        fault = f"has a patch {unreadable!r} that cannot be read"
+    raise SlothError(f"{part!r} {fault}{_readable(part)}; a term is {FORM}, and 1 or off stand for all or nothing")
 
 
-def parse(text: str | None) -> Selection:
-    """Read a selection; raises `SlothError` with the offending term quoted."""
-    if text is None or text.strip().lower() in OFF:
-        return Selection(text or "")
-    return Selection(text, tuple(_parse_term(text, part) for part in text.split(",")))
+def parse(text: str | None, source: str = VARIABLE) -> Selection:
+    """Read a selection; raises `SlothError` with the offending term quoted. `source` is where it was written."""
+    if text is not None and not isinstance(text, str):
+        raise SlothError(f"{source} is {text!r}, not a text such as '1' or 'llama:rope'")
+    stripped = (text or "").strip()
+    if stripped.lower() in OFF:
+        return Selection(stripped, source=source)
+    try:
+        return Selection(stripped, tuple(_parse_term(part) for part in stripped.split(",")), source)
+    except SlothError as error:
+        raise SlothError(f"{source}={text!r}: {error}") from None
 
 
 def decide(selection: Selection, architecture: str, patch: str, *, default: bool = True) -> Decision:
@@ -121,15 +127,15 @@ def check_names(selection: Selection, catalogue: Mapping[str, Iterable[str]]) ->
     for term in selection.terms:
         architectures = [name for name in catalogue if fnmatchcase(name, term.architecture)]
         if not architectures:
-            hint = nearest(term.architecture, [*catalogue, *ON])
+            hint = nearest(term.architecture, catalogue if term.excludes else [*catalogue, *ON])
             raise SlothError(
-                f"{VARIABLE}={selection.text!r}: no architecture matches {term.architecture!r}{hint} "
+                f"{selection.source}={selection.text!r}: no architecture matches {term.architecture!r}{hint} "
                 f"(known: {', '.join(catalogue) or 'none'}; `sloth-plugins list` shows all)"
             )
         patches = sorted({patch for name in architectures for patch in catalogue[name]})
         for pattern in term.patches:
             if not any(fnmatchcase(patch, pattern) for patch in patches):
                 raise SlothError(
-                    f"{VARIABLE}={selection.text!r}: no patch of {', '.join(architectures)} matches {pattern!r}"
+                    f"{selection.source}={selection.text!r}: no patch of {', '.join(architectures)} matches {pattern!r}"
                     f"{nearest(pattern, patches)} (known: {', '.join(patches)})"
                 )

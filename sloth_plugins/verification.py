@@ -11,8 +11,9 @@ from sloth_plugins.registry import Report
 
 from .errors import SlothError, nearest
 from .inspection import load_config
-from .patching import patch, revert
+from .patching import examine, revert
 from .report import columns, text
+from .selection import Selection, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,12 +70,16 @@ def load_model(model: str, dtype: str, seed: int) -> Any:
     path = Path(model).expanduser()
     folder = path if path.is_dir() else path.parent
     torch.manual_seed(seed)
-    if path.exists() and not _has_weights(folder):
-        built = AutoModelForCausalLM.from_config(config)
-        built = built.to(DTYPES.get(dtype, built.dtype))
-    else:
-        wanted: Any = DTYPES.get(dtype, "auto")
-        built = AutoModelForCausalLM.from_pretrained(model if not path.is_file() else folder, dtype=wanted)
+    try:
+        if path.exists() and not _has_weights(folder):
+            built = AutoModelForCausalLM.from_config(config)
+            built = built.to(DTYPES.get(dtype, built.dtype))
+        else:
+            wanted: Any = DTYPES.get(dtype, "auto")
+            built = AutoModelForCausalLM.from_pretrained(model if not path.is_file() else folder, dtype=wanted)
+    except Exception as error:  # noqa: BLE001 - damaged files, no language model, no room: the reason is passed on
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SlothError(f"--model {model!r} cannot be loaded as a causal language model: {reason}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return built if getattr(built, "hf_device_map", None) else built.to(device)
 
@@ -97,6 +102,11 @@ def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
+def _error(gradients: Gradients, name: str, truth: torch.Tensor) -> float:
+    """Relative distance of one gradient from the truth; infinite where it is missing."""
+    return _distance(gradients[name], truth) if name in gradients else float("inf")
+
+
 def _room_for(model: Any, dtype: torch.dtype) -> bool:
     """Whether the model fits a second time, with gradients, in `dtype`."""
     import psutil
@@ -104,7 +114,7 @@ def _room_for(model: Any, dtype: torch.dtype) -> bool:
     needed = 2 * sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return needed < 0.8 * free
+    return bool(needed < 0.8 * free)
 
 
 def _truth(model: Any, batch: torch.Tensor, dtype: torch.dtype) -> tuple[str, float, Gradients] | None:
@@ -116,8 +126,11 @@ def _truth(model: Any, batch: torch.Tensor, dtype: torch.dtype) -> tuple[str, fl
     return str(wide).removeprefix("torch."), loss, gradients
 
 
-def compare(build: Callable[[], Any], selection: str, *, tokens: int, seed: int) -> Verdict:
-    """Compare a model that `build` makes; it is used up. Dropout is off."""
+def compare(build: Callable[[], Any], selection: str | Selection, *, tokens: int, seed: int) -> Verdict:
+    """Compare a model that `build` makes; it is used up. Dropout is off. Raises `SlothError` if nothing is selected."""
+    selection = parse(selection, "selection") if isinstance(selection, str) else selection
+    if selection.is_off:
+        raise SlothError(f"{selection.source}={selection.text!r} selects nothing, so there is nothing to verify")
     model = build().eval()
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     dtype, device = parameter.dtype, parameter.device
@@ -125,7 +138,7 @@ def compare(build: Callable[[], Any], selection: str, *, tokens: int, seed: int)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     batch = torch.randint(0, vocabulary, (2, tokens), generator=generator).to(device)
     stock_loss, stock = _step(model, batch)
-    report = patch(model, selection)
+    report = examine(model, selection)
     patched_loss, patched = _step(model, batch)
     revert(model)
     epsilon = torch.finfo(dtype).eps
@@ -133,13 +146,15 @@ def compare(build: Callable[[], Any], selection: str, *, tokens: int, seed: int)
     if truth is None:
         # Without a truth, two roundings of the same result are compared: twice the allowance.
         rows = [Row("loss", 0.0, abs(patched_loss - stock_loss) / abs(stock_loss), 2 * FACTOR * epsilon)]
-        rows += [Row(name, 0.0, _distance(patched[name], stock[name]), 2 * FACTOR * epsilon) for name in stock]
+        rows += [Row(name, 0.0, _error(patched, name, stock[name]), 2 * FACTOR * epsilon) for name in stock]
         return Verdict(_worst_first(rows), report, "stock itself")
     name, loss, gradients = truth
     errors = (abs(stock_loss - loss) / abs(loss), abs(patched_loss - loss) / abs(loss))
-    rows = [Row("loss", *errors, FACTOR * max(errors[0], epsilon))]
+    # A loss is a mean over tokens in fp32: its error is a fraction of its inputs' rounding.
+    floor = max(epsilon / 16, 2 * torch.finfo(torch.float32).eps)
+    rows = [Row("loss", *errors, FACTOR * max(errors[0], floor))]
     for key, exact in gradients.items():
-        stock_error, patched_error = _distance(stock[key], exact), _distance(patched[key], exact)
+        stock_error, patched_error = _error(stock, key, exact), _error(patched, key, exact)
         rows.append(Row(key, stock_error, patched_error, FACTOR * max(stock_error, epsilon)))
     return Verdict(_worst_first(rows), report, name)
 
@@ -148,7 +163,7 @@ def _worst_first(rows: list[Row]) -> tuple[Row, ...]:
     return (rows[0], *sorted(rows[1:], key=lambda row: row.patched / row.limit, reverse=True))
 
 
-def verify_model(model: str, selection: str, *, dtype: str = "auto", tokens: int = 128, seed: int = 0) -> Verdict:
+def verify_model(model: str, selection: Selection, *, dtype: str = "auto", tokens: int = 128, seed: int = 0) -> Verdict:
     """Load a model and compare it. Raises `SlothError` for a model that cannot be loaded."""
     return compare(lambda: load_model(model, dtype, seed), selection, tokens=tokens, seed=seed)
 

@@ -52,7 +52,9 @@ class Watcher(MetaPathFinder):
         if fullname not in self._awaited:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            # Import itself passes over finders without find_spec.
+            find_spec = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec is not None else None
             if spec is not None and spec.loader is not None:
                 self._tell_when_loaded(spec)
                 return spec

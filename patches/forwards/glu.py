@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import ops
 
@@ -22,6 +23,12 @@ def _is_plain_silu(activation: object) -> bool:
     return f"{kind.__module__}.{kind.__qualname__}" in SILU and "forward" not in vars(activation)
 
 
+def _is_watched(module: torch.nn.Module) -> bool:
+    """Whether a hook of any kind expects the module to be called."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]  # torch's
+
+
 def swiglu(original: Forward) -> Forward:
     """`down_proj(silu(gate_proj(x)) * up_proj(x))`; another activation, or one with hooks, takes upstream's path."""
 
@@ -30,7 +37,7 @@ def swiglu(original: Forward) -> Forward:
         activation = self.act_fn
         if torch.compiler.is_compiling():  # first, since Dynamo cannot trace the questions below
             return original(self, x)
-        if not _is_plain_silu(activation) or activation._forward_hooks or activation._forward_pre_hooks:
+        if not _is_plain_silu(activation) or _is_watched(activation):
             return original(self, x)
         gate = self.gate_proj(x)
         up = self.up_proj(x)

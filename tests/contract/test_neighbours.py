@@ -1,5 +1,6 @@
 """What a patched model must share its modules with: PEFT, checkpointing, output capture, hooks, compile, rivals."""
 
+import functools
 import inspect
 import types
 from importlib import import_module
@@ -176,11 +177,32 @@ def test_accelerates_device_hooks_keep_working(architecture):
     assert_close(gradients(model), gradients(stock))
 
 
-def foreign(self, *args, **kwargs):
-    raise NotImplementedError
+def function_of(module, source):
+    """A function compiled in a module of that name, as a rival package's is."""
+    names = {"__name__": module, "functools": functools}
+    exec(source, names)
+    return names["forward"]
 
 
-foreign.__module__ = "liger_kernel.transformers.functional"
+RIVAL = "liger_kernel.transformers.functional"
+foreign = function_of(RIVAL, "def forward(self, *args, **kwargs): raise NotImplementedError")
+
+
+def wrapped_by_a_rival(function):
+    """A rival that keeps upstream's name and module, by functools.wraps, and changes the result."""
+    lines = [
+        "def forward(f):",
+        "    @functools.wraps(f)",
+        "    def wrapper(*args, **kwargs): return f(*args, **kwargs)",
+        "    return wrapper",
+    ]
+    source = "\n".join(lines)
+    return function_of(RIVAL, source)(function)
+
+
+@pytest.fixture(params=["replaced", "wrapped"])
+def rival(request):
+    return wrapped_by_a_rival if request.param == "wrapped" else lambda function: foreign
 
 
 @pytest.fixture
@@ -190,11 +212,11 @@ def one_of_each(architecture):
     return model, name, [p.name for p in KNOWN.patches(name)]
 
 
-def test_an_instance_that_somebody_else_patched_is_left_alone_and_named(one_of_each):
+def test_an_instance_that_somebody_else_patched_is_left_alone_and_named(one_of_each, rival):
     model, name, patches = one_of_each
     victims = {patch: modules_of(model, name, patch)[0] for patch in patches}
     for victim in victims.values():
-        victim.forward = types.MethodType(foreign, victim)
+        victim.forward = types.MethodType(rival(type(victim).forward), victim)
     report = sloth_plugins.patch(model, "1")
     for outcome in report.outcomes:
         assert outcome.state == "applied"
@@ -204,16 +226,16 @@ def test_an_instance_that_somebody_else_patched_is_left_alone_and_named(one_of_e
     assert not any(patched(victim) for victim in victims.values())
 
 
-def test_a_class_that_somebody_else_patched_is_left_alone_and_named(one_of_each, monkeypatch):
+def test_a_class_that_somebody_else_patched_is_left_alone_and_named(one_of_each, rival, monkeypatch):
     model, name, patches = one_of_each
     for patch in patches:
         spec = next(p for p in KNOWN.patches(name) if p.name == patch)
         module, _, attribute = spec.target.partition(":")
         target = getattr(import_module(module), attribute)
         if isinstance(target, type):
-            monkeypatch.setattr(target, "forward", foreign)
+            monkeypatch.setattr(target, "forward", rival(target.forward))
         else:
-            monkeypatch.setattr(import_module(module), attribute, foreign)
+            monkeypatch.setattr(import_module(module), attribute, rival(target))
     report = sloth_plugins.patch(model, "1")
     assert report.changed == 0
     assert {outcome.state for outcome in report.outcomes} == {"skipped"}
@@ -299,6 +321,52 @@ def test_hooks_on_patched_modules_still_run(one_of_each):
         handle.remove()
 
 
+HOOKS = {
+    "forward": lambda module, seen: module.register_forward_hook(lambda *a: seen.append(1)),
+    "forward pre": lambda module, seen: module.register_forward_pre_hook(lambda *a: seen.append(1)),
+    "backward": lambda module, seen: module.register_full_backward_hook(lambda *a: seen.append(1)),
+    "backward pre": lambda module, seen: module.register_full_backward_pre_hook(lambda *a: seen.append(1)),
+    "global": lambda module, seen: torch.nn.modules.module.register_module_forward_hook(
+        lambda m, *a: seen.append(1) if m is module else None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_modules_that_a_patch_would_pass_over_still_run(architecture, kind):
+    model = build(*architecture)
+    inner = [m for m in model.modules() if "SiLU" in type(m).__name__ or "GELU" in type(m).__name__]
+    seen = []
+    handles = [HOOKS[kind](module, seen) for module in inner]
+    sloth_plugins.patch(model, "1")
+    gradients(model)
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == len(inner) > 0
+
+
+def test_a_parametrized_module_is_left_alone(one_of_each):
+    model, name, patches = one_of_each
+    norm = modules_of(model, name, patches[0])[0]
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", torch.nn.Identity())
+    outcome = sloth_plugins.patch(model, "1").outcomes[0]
+    assert "parametrized" in outcome.reason
+    torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert "left alone" not in sloth_plugins.patch(model, "1").outcomes[0].reason
+
+
+def test_models_of_one_architecture_with_different_configs(architecture):
+    name, kind = architecture
+    plain, other = build(name, kind), build(name, kind, hidden_act="gelu")
+    for pair in ((plain, other), (other, plain)):
+        both = torch.nn.ModuleList(pair)
+        outcomes = {o.patch: o for o in sloth_plugins.patch(both, "1").outcomes}
+        narrow = [p.name for p in KNOWN.patches(name) if "hidden_act" in p.where]
+        assert narrow
+        assert all(outcomes[patch].state == "skipped" and "found gelu" in outcomes[patch].reason for patch in narrow)
+        assert sloth_plugins.revert(both) > 0
+
+
 def test_signatures_are_upstreams(architecture):
     stock, model = build(*architecture), build(*architecture)
     sloth_plugins.patch(model, "1")
@@ -315,7 +383,7 @@ def test_a_sharding_wrapper_derived_from_a_patched_class(architecture):
     again = sloth_plugins.patch(model, "1")
     assert [o.modules for o in again.outcomes] == [o.modules for o in report.outcomes]
     assert again.changed == 0
-    with pytest.raises(SlothError, match="revert before"):
+    with pytest.raises(SlothError, match="was changed after it was patched"):
         sloth_plugins.revert(model)
     assert sum(patched(module) is not None for module in model.modules()) == report.changed
 

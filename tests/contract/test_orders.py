@@ -165,14 +165,37 @@ def test_an_interrupt_in_the_middle_of_patching_leaves_the_model_stock(architect
     before = anatomy(model)
     real, calls = application._swap, []
 
-    def interrupted(module, kind):
+    def interrupted(module, kind, bound):
         calls.append(kind)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        real(module, kind)
+        real(module, kind, bound)
 
     monkeypatch.setattr(application, "_swap", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sloth_plugins.patch(model, "1")
     assert len(calls) > 4
     assert anatomy(model) == before
+
+
+def test_an_interrupt_between_two_halves_of_one_change_is_undone_too(architecture, monkeypatch):
+    from accelerate.hooks import attach_execution_device_hook
+
+    from sloth_plugins import application
+
+    model, stock = build(*architecture), build(*architecture)
+    attach_execution_device_hook(model, torch.device("cpu"))
+    held = {name: vars(module).get("_old_forward") for name, module in model.named_modules()}
+    calls = []
+
+    def interrupted(module):
+        calls.append(module)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(application, "_hold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sloth_plugins.patch(model, "1")
+    assert not any(patched(module) for module in model.modules())
+    assert {name: vars(module).get("_old_forward") for name, module in model.named_modules()} == held
+    assert_close(gradients(model), gradients(stock))

@@ -50,7 +50,7 @@ def test_a_mistake_in_the_flag_ends_import_torch_with_one_line(flag, said, tmp_p
 def test_nothing_reached_a_seam_is_said_at_exit(tmp_path):
     done = python("import torch", tmp_path, flag="1")
     assert done.returncode == 0
-    assert "SLOTH_PLUGINS='1' was set, but no model entered" in done.stderr
+    assert "SLOTH_PLUGINS='1' was set, but in this process no model entered" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -134,7 +134,58 @@ def test_a_model_that_was_reverted_is_left_alone(model, capsys):
 def test_something_that_is_no_transformers_model_trains_stock(capsys):
     sloth_plugins.activate("1")
     prepare(torch.nn.Linear(2, 2))
-    assert "no architecture covers Linear, which has no config.model_type" in capsys.readouterr().err
+    assert "Linear holds no model with a config.model_type" in capsys.readouterr().err
+
+
+def test_a_model_that_holds_a_reverted_one_is_left_alone(model, capsys):
+    sloth_plugins.activate("1")
+    prepare(model)
+    sloth_plugins.revert(model)
+    around = torch.nn.Sequential(model, torch.nn.Linear(2, 2))
+    prepare(around)
+    assert count(around) == 0
+    sloth_plugins.patch(around)
+    assert count(around) == 5
+    sloth_plugins.revert(model.model)
+    prepare(model)
+    assert count(model) == 0
+
+
+def test_a_compiled_model_is_said_to_run_upstreams_forwards(tmp_path):
+    code = "from accelerate import Accelerator\nfrom common import model\nAccelerator(cpu=True{}).prepare(model())"
+    line = "torch.compile is on: what it compiles runs upstream's forwards"
+    assert line in python(code.format(", dynamo_backend='aot_eager'"), tmp_path, flag="1").stderr
+    assert line not in python(code.format(""), tmp_path, flag="1").stderr
+
+
+def test_a_method_that_upstream_has_moved_is_said_and_imports_go_on(model, capsys, monkeypatch):
+    moved = (*seams.SEAMS["transformers.trainer"], ("Trainer", "moved", seams._models_of_trainer))
+    monkeypatch.setitem(seams.SEAMS, "transformers.trainer", moved)
+    sloth_plugins.activate("1")
+    assert "transformers.trainer.Trainer.moved is not what it was" in capsys.readouterr().err
+    prepare(model)
+    assert count(model) == 5
+
+
+def test_a_finder_of_the_old_kind_does_not_disturb_the_watcher(tmp_path):
+    code = (
+        "import sys\nclass Old:\n    def find_module(self, name, path=None): return None\n"
+        "sys.meta_path.insert(0, Old())\nimport torch\nfrom transformers import Trainer\nprint('fine')"
+    )
+    done = python(code, tmp_path, flag="1")
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize("call", [sloth_plugins.patch, sloth_plugins.revert])
+@pytest.mark.parametrize("model", ["a path", None, 3])
+def test_something_that_is_no_module_is_refused_in_one_line(call, model):
+    with pytest.raises(sloth_plugins.SlothError, match="takes a torch"):
+        call(model)
+
+
+def test_a_selection_that_is_no_text_is_refused_in_one_line(model):
+    with pytest.raises(sloth_plugins.SlothError, match="selection is 123, not a text"):
+        sloth_plugins.patch(model, 123)
 
 
 def test_two_models_of_which_one_is_prepared(model):
@@ -181,7 +232,7 @@ def test_rivals_in_the_process_are_named(model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", type(sys)("unsloth"))
     sloth_plugins.activate("1")
     prepare(model)
-    assert "Unsloth rewrites transformers" in capsys.readouterr().err
+    assert "unsloth rewrites transformers" in capsys.readouterr().err
 
 
 def test_activating_twice_keeps_one_wrapper_and_the_last_selection(model):

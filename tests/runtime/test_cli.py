@@ -57,15 +57,15 @@ def test_list_needs_neither_torch_nor_transformers():
 
 def test_a_plan_counts_modules_from_the_config_alone(config):
     output = invoke("plan", "--model", config())
-    assert "llama:rms_norm  7        applied" in output
-    assert "llama:rope      3        applied" in output
+    assert "llama:rms_norm  7        applies" in output
+    assert "llama:rope      3        applies" in output
     plan = json.loads(invoke("plan", "--model", config() / "config.json", "--select", "llama:rope", "--json"))
     assert [entry["state"] for entry in plan["outcomes"]] == ["off", "applied", "off"]
 
 
 def test_a_plan_says_why_not(config):
     output = invoke("plan", "--model", config(hidden_act="gelu"))
-    assert "llama:glu       0        skipped  config.hidden_act: needs silu or swish, found gelu" in output
+    assert "llama:glu       0        skips    config.hidden_act: needs silu or swish, found gelu" in output
 
 
 def test_a_plan_of_a_large_model_needs_no_memory(config):
@@ -86,6 +86,8 @@ def test_an_unknown_architecture_is_said_and_is_no_error(config):
         ("{}", "has no model_type"),
         ('{"model_type": "lama"}', "did you mean 'llama'"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "transformers refuses the config"),
+        ('{"model_type": "llama", "hidden_act": "nonsense"}', "transformers cannot build a llama"),
+        ('{"model_type": "llama", "hidden_size": -8}', "transformers refuses the config"),
     ],
 )
 def test_a_config_that_is_none_gets_one_line(config, text, said):
@@ -144,8 +146,47 @@ def test_verify_loads_weights_where_there_are_some(config, tmp_path):
     assert "all within their limits" in invoke("verify", "--model", tmp_path / "saved")
 
 
-def test_verify_fails_where_nothing_was_patched(config):
-    assert "nothing was patched" in invoke("verify", "--model", config(), "--select", "off", code=1)
+def test_verify_fails_where_nothing_can_be_patched(config):
+    assert "nothing was patched" in invoke("verify", "--model", config(text='{"model_type": "gpt2"}'), code=1)
+
+
+def test_verify_of_nothing_is_refused(config):
+    assert "--select='off' selects nothing" in invoke("verify", "--model", config(), "--select", "off", code=2)
+
+
+def test_verify_of_a_damaged_or_unfit_model_gets_one_line(config):
+    folder = config()
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    assert "cannot be loaded" in invoke("verify", "--model", folder, code=2)
+    (folder / "model.safetensors").unlink()
+    output = invoke("verify", "--model", config(text='{"model_type": "t5"}'), code=2)
+    assert "cannot be loaded as a causal language model" in output
+    assert output.count("\n") == 1
+
+
+def test_the_users_words_are_repeated_as_they_are(config):
+    assert "--select='llama:dog:'" in invoke("plan", "--model", config(), "--select", "llama:dog:", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pln"], "did you mean 'plan'"),
+        (["plan"], "Missing option '--model'"),
+        (["verify", "--model", "x", "--tokens", "1"], "--tokens"),
+        (["list", "--frobnicate"], "No such option: --frobnicate"),
+        (["train"], "a script to run ends in .py"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sloth-plugins", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("sloth-plugins: ")
+    assert error.count("\n") == 1
 
 
 def test_verify_refuses_a_dtype_it_does_not_know(config):

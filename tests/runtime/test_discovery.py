@@ -5,7 +5,7 @@ import pytest
 
 from sloth_plugins import discovery
 from sloth_plugins.discovery import Plugins
-from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, Skip, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, PlanItem, Skip, hookimpl
 
 PATCH = Patch(name="norm", target="pkg.module:Norm", replacement="pkg.norm:factory")
 
@@ -73,6 +73,38 @@ def test_a_plugin_that_raises_on_import_is_named_and_the_rest_work(load):
     assert "'broken'" in message
     assert "RuntimeError: no such thing" in message
     assert set(plugins.architectures) >= {"llama", "mine"}
+
+
+def test_a_plugin_that_exits_on_import_is_reported(load):
+    assert "SystemExit" in messages(load(broken=SystemExit(3)))[0]
+
+
+def test_an_entry_point_named_as_an_earlier_plugin_takes_nothing_away(load):
+    plugins = load(llama=plugin(sloth_patches=lambda architecture: [PATCH] if architecture.name == "llama" else []))
+    assert [patch.name for patch in plugins.patches("llama")] == ["rms_norm", "rope", "glu", "norm"]
+    assert messages(plugins) == []
+
+
+def test_one_spec_instead_of_several_is_reported_and_the_rest_stands(load):
+    plugins = load(extra=plugin(sloth_architectures=lambda: spec()), more=plugin(sloth_patches=lambda: PATCH))
+    assert "'ArchitectureSpec' object is not iterable" in messages(plugins)[0]
+    assert any("'more'" in text and "not iterable" in text for text in messages(plugins))
+    assert "llama" in plugins.architectures
+
+
+def test_an_architecture_named_by_something_else_is_reported(load):
+    plugins = load(extra=plugin(sloth_architecture_of=lambda config: ["llama"]))
+    assert plugins.architecture_of(types.SimpleNamespace(model_type="llama")).name == "llama"
+    assert "names architecture ['llama']" in messages(plugins)[0]
+
+
+@pytest.mark.parametrize("change", [lambda items: items.append(3), lambda items: items.extend(list(items))])
+def test_a_plan_that_is_spoilt_is_restored_and_the_plugin_named(load, change):
+    plugins = load(extra=plugin(sloth_adjust_plan=lambda plan: change(plan.items)))
+    plan = Plan([PlanItem(architecture="mine", patch=PATCH, selected=True)])
+    plugins.adjust_plan(plan, None)
+    assert [item.patch for item in plan.items] == [PATCH]
+    assert "'extra' left" in messages(plugins)[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "other"])
@@ -168,6 +200,6 @@ def test_a_plan_is_adjusted_in_place(load):
         python="3", platform="x", versions={}, devices=(), capability=None, triton="no device", rank=0, world_size=1
     )
     plugins = load(extra=plugin(sloth_adjust_plan=lambda plan, environment: plan.items.clear()))
-    plan = Plan([1, 2])
+    plan = Plan([PlanItem(architecture="mine", patch=PATCH, selected=True)])
     plugins.adjust_plan(plan, environment)
     assert plan.items == []

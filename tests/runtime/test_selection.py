@@ -18,7 +18,9 @@ def test_off_selects_nothing(text):
     assert not selected(text)
 
 
-@pytest.mark.parametrize("text", ["1", "on", "ON", "true", "yes", "*", "llama", "l*", "ll?ma", "llama:rope", "*:rope"])
+@pytest.mark.parametrize(
+    "text", ["1", "on", "ON", "true", "yes", "*", "llama", "l*", "ll?ma", "llama:rope", "*:rope", " 1\n"]
+)
 def test_forms_that_select_a_default_patch(text):
     assert selected(text)
 
@@ -84,7 +86,9 @@ def test_only_a_written_name_must_apply(text, named):
         ("llama:rope+", "empty patch"),
         ("llama rope", "'llama rope'"),
         ("llama:ro pe", "'ro pe'"),
-        ("Llama", "'Llama'"),
+        ("Llama", "did you mean 'llama'"),
+        ("llama:RMS-Norm", "did you mean 'llama:rms_norm'"),
+        ("llama: rope", "did you mean 'llama:rope'"),
         ("-", "'-'"),
         ("--llama", "'--llama'"),
         ("llama::rope", "':rope'"),
@@ -109,6 +113,7 @@ def test_what_cannot_be_read_is_quoted_in_one_line(text, quoted):
         ("llama:geglu", "no patch of llama"),
         ("1,-*:gluu", "did you mean 'glu'"),
         ("mistral*", "no architecture matches 'mistral*'"),
+        ("-1", "no architecture matches '1' (known"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_one(text, said):
