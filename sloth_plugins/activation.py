@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
-from sysconfig import get_path
 from types import ModuleType
 from typing import Any
 
@@ -63,7 +62,7 @@ def activate(selection: str | None = None) -> None:
     Raises `SlothError` for a selection that cannot be read or names something unknown.
     """
     global _active
-    parsed = parse(os.environ.get(VARIABLE) if selection is None else selection)
+    parsed = parse(os.environ.get(VARIABLE)) if selection is None else parse(selection, "selection")
     if parsed.is_off:
         deactivate()
         return
@@ -162,6 +161,8 @@ def _is_installed_program() -> bool:
     module = getattr(getattr(main, "__spec__", None), "name", "") or ""
     if module.startswith(LAUNCHER_MODULES):
         return True
+    from sysconfig import get_path
+
     folder = os.path.dirname(os.path.abspath(sys.argv[0])) if sys.argv and sys.argv[0] else ""
     return folder == os.path.abspath(get_path("scripts"))
 
