@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -169,8 +170,13 @@ os.kill({os.getpid()}, signal.SIGINT)
 inner.wait()
 """
         log = tmp_path / "log"
-        with pytest.raises(KeyboardInterrupt):
-            run_child("child", [sys.executable, "-c", child], os.environ, log)
+        # A shell starts background jobs with SIGINT ignored, and so may be the one that runs the tests.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run_child("child", [sys.executable, "-c", child], os.environ, log)
+        finally:
+            signal.signal(signal.SIGINT, before)
         inner = int(log.read_text().split()[0])
         deadline = time.monotonic() + 10
         while running(inner) and time.monotonic() < deadline:

@@ -1,5 +1,6 @@
 """Unmodified training scripts, with the flag and without: the same losses, and a table from the main process."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -120,7 +121,14 @@ def test_an_interrupt_in_mid_training_ends_it(tmp_path):
     script.write_text((SCRIPTS / "train_loop.py").read_text().replace("rows()", "rows(400000)"))
     command[-3] = str(script)
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment("1"), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment("1"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts background jobs with SIGINT ignored, and so may be the one that runs the tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     seen = []
     for line in process.stderr:
@@ -129,10 +137,12 @@ def test_an_interrupt_in_mid_training_ends_it(tmp_path):
             break
     time.sleep(2)
     assert process.poll() is None, "".join(seen)
-    import os
-
     os.killpg(process.pid, signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
+    try:
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert "KeyboardInterrupt" in rest
     assert "nothing was patched" not in rest
