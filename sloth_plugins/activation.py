@@ -122,12 +122,14 @@ def enter(model: Any, is_compiled: bool = False) -> None:
 def _patch(model: Any, active: Activation, is_compiled: bool) -> None:
     from .discovery import plugins
     from .environment import conflicts
-    from .patching import examine, was_reverted
+    from .patching import examine, was_patched_by_hand, was_reverted
     from .report import text
 
     kind = type(model).__name__
     if was_reverted(model):
         _say(f"sloth-plugins: {kind} was reverted and trains stock; sloth_plugins.patch(model) patches it again")
+        return
+    if was_patched_by_hand(model):
         return
     if not any(parameter.requires_grad for parameter in model.parameters()):
         _say(f"sloth-plugins: {kind} has nothing to train and stays stock")

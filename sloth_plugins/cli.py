@@ -73,7 +73,9 @@ def plan(model: Model, select: Select = None, as_json: Json = False) -> None:
         from . import report
         from .inspection import dry_run
 
-        result = dry_run(model, _selection(select))
+        selection = _selection(select)
+        with err.status("reading the config"):
+            result = dry_run(model, selection)
     out.print(report.as_json(result) if as_json else report.text(result), markup=False)
     _say_problems(plugins())
 
@@ -101,7 +103,9 @@ def verify(
     with _one_line():
         from .verification import print_verdict, verify_model
 
-        verdict = verify_model(model, _selection(select), dtype=dtype, tokens=tokens, seed=seed)
+        selection = _selection(select)
+        with err.status("running the model three times: stock, patched, and in higher precision"):
+            verdict = verify_model(model, selection, dtype=dtype, tokens=tokens, seed=seed)
     print_verdict(verdict, out)
     if not verdict.passed:
         raise typer.Exit(1)

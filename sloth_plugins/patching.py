@@ -17,8 +17,9 @@ from .planning import configs_of, make_plan
 from .resolving import Binding, bind
 from .selection import VARIABLE, Selection, check_names, parse
 
-# What the user did by hand in this process: the seams leave a reverted model alone, and the line at exit that nothing
+# What the user did by hand in this process. The seams leave these models as they are, and the line at exit that nothing
 # was patched is not said once `patch` was called.
+_patched_by_hand: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _reverted: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _called_by_hand = False
 
@@ -36,6 +37,11 @@ def was_called_by_hand() -> bool:
 def was_reverted(model: torch.nn.Module) -> bool:
     """Whether the user has reverted a model, or a part of it, and not patched it since."""
     return bool(_reverted) and any(module in _reverted for module in model.modules())
+
+
+def was_patched_by_hand(model: torch.nn.Module) -> bool:
+    """Whether the user has called `patch` on a model, or a part of it, and so has chosen what it runs."""
+    return bool(_patched_by_hand) and any(module in _patched_by_hand for module in model.modules())
 
 
 def _bind(item: PlanItem) -> tuple[PlanItem, Binding | None]:
@@ -133,16 +139,19 @@ def patch(model: torch.nn.Module, selection: str | None = None) -> Report:
     """Bring a model to exactly the selected patches, in place.
 
     `selection` has the form of SLOTH_PLUGINS and defaults to it, or to everything that is on by default. Calling it
-    again with another selection adds and removes; `"off"` takes all away. Raises `SlothError` for a selection that
+    again with another selection adds and removes; `"off"` takes all away. What is chosen so stays, whatever
+    SLOTH_PLUGINS says, when the model enters training. Raises `SlothError` for a selection that
     names something unknown, or a patch that cannot run here.
     """
     global _called_by_hand
     _must_be_a_module(model, "patch")
     parsed = None if selection is None else parse(selection, "selection")
     _called_by_hand = True
+    report = examine(model, parsed)
     for module in model.modules():
         _reverted.discard(module)
-    return examine(model, parsed)
+    _patched_by_hand.add(model)
+    return report
 
 
 def revert(model: torch.nn.Module) -> int:
@@ -153,5 +162,7 @@ def revert(model: torch.nn.Module) -> int:
     """
     _must_be_a_module(model, "revert")
     count = application.revert(model)
+    for module in model.modules():
+        _patched_by_hand.discard(module)
     _reverted.add(model)
     return count

@@ -137,6 +137,17 @@ def test_something_that_is_no_transformers_model_trains_stock(capsys):
     assert "Linear holds no model with a config.model_type" in capsys.readouterr().err
 
 
+def test_what_was_chosen_by_hand_stays(model, capsys):
+    sloth_plugins.activate("1")
+    sloth_plugins.patch(model, "llama:rope")
+    prepare(torch.nn.Sequential(model))
+    assert count(model) == 1
+    assert capsys.readouterr().err == ""
+    sloth_plugins.revert(model)
+    prepare(model)
+    assert count(model) == 0
+
+
 def test_a_model_that_holds_a_reverted_one_is_left_alone(model, capsys):
     sloth_plugins.activate("1")
     prepare(model)
