@@ -2,6 +2,7 @@
 # Kernels are written in Triton's language, not in typed Python.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import multiprocessors, on_device_of
-from .rows import merge_dims, row_offsets, unit_stride
+from .rows import cdiv, merge_dims, next_power_of_2, row_offsets, unit_stride
 
 # Longest rows that one program keeps in registers; beyond, it walks the row in blocks and reads it twice.
 FWD_TILE = 32768
@@ -208,9 +209,10 @@ def rms_norm_dw_sum_kernel(
     tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < N)
 
 
+@functools.cache
 def _tile(n: int) -> tuple[int, int, int]:
     """(BLOCK_N, BLOCK_M, num_warps): short rows share a program, long rows get 16 elements a thread."""
-    block_n = triton.next_power_of_2(n)
+    block_n = next_power_of_2(n)
     block_m = max(1, 2048 // block_n)
     return block_n, block_m, min(32, max(4, block_n * block_m // 512))
 
@@ -257,7 +259,7 @@ def rms_norm_fwd(
         kernel = rms_norm_fwd_loop_kernel
         block_n, block_m, warps = LOOP_BLOCK, 1, 16
     with on_device_of(x):
-        kernel[(triton.cdiv(n_rows, block_m),)](
+        kernel[(cdiv(n_rows, block_m),)](
             x, weight, y, rstd, n_rows, size1, size2, x0, x1, x2, y0, y1, y2, r0, r1, r2, eps, offset,
             N=n, BLOCK_N=block_n, BLOCK_M=block_m, NDIM=ndim, CAST_FIRST=cast_before_weight, num_warps=warps,
         )  # fmt: skip
@@ -298,13 +300,13 @@ def rms_norm_bwd(
             # Half as many elements a thread as elsewhere, since each program walks rows alone and must hide latency.
             warps = min(32, 2 * warps)
             # Two programs for each multiprocessor; a power of two, so that few row counts compile anew.
-            iters = triton.next_power_of_2(triton.cdiv(n_rows, block_m * 2 * multiprocessors(x)))
-            parts = triton.cdiv(n_rows, block_m * iters)
+            iters = next_power_of_2(cdiv(n_rows, block_m * 2 * multiprocessors(x)))
+            parts = cdiv(n_rows, block_m * iters)
         elif need_dw:
-            columns = triton.cdiv(n, 128)
+            columns = cdiv(n, 128)
             wanted = max(1, 4 * multiprocessors(x) // columns)
-            dw_iters = triton.next_power_of_2(triton.cdiv(n_rows, 16 * wanted))
-            parts = triton.cdiv(n_rows, 16 * dw_iters)
+            dw_iters = next_power_of_2(cdiv(n_rows, 16 * wanted))
+            parts = cdiv(n_rows, 16 * dw_iters)
         partial = torch.empty((parts, n), dtype=torch.float32, device=x.device) if need_dw else x
         if need_dw and not fused:
             # Before dx is written, which may be dy's own buffer.
@@ -314,7 +316,7 @@ def rms_norm_bwd(
             )  # fmt: skip
         target = x if dx is None else dx
         if (dx is not None and n <= BWD_TILE) or fused:
-            rms_norm_bwd_kernel[(triton.cdiv(n_rows, block_m * iters),)](
+            rms_norm_bwd_kernel[(cdiv(n_rows, block_m * iters),)](
                 dy, x, weight, rstd, target, partial, n_rows, *sizes, *x_by, *g_by, *r_by, *d_by, offset,
                 N=n, BLOCK_N=block_n, BLOCK_M=block_m, ITERS=iters, NDIM=ndim, CAST_FIRST=cast_before_weight,
                 NEED_DX=dx is not None, NEED_DW=fused, num_warps=warps,
@@ -326,7 +328,7 @@ def rms_norm_bwd(
             )  # fmt: skip
         if need_dw:
             dw = torch.empty_like(weight)
-            rms_norm_dw_sum_kernel[(triton.cdiv(n, 16),)](
-                partial, dw, parts, N=n, PARTS=triton.next_power_of_2(parts), BLOCK_P=256, BLOCK_N=16, num_warps=8
+            rms_norm_dw_sum_kernel[(cdiv(n, 16),)](
+                partial, dw, parts, N=n, PARTS=next_power_of_2(parts), BLOCK_P=256, BLOCK_N=16, num_warps=8
             )
     return dw

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import on_device_of
+from .rows import next_power_of_2
 
 _TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -104,10 +105,10 @@ def _launch(
         k, k_out, k_heads = q, q_out, 0
     else:
         k_heads = k.shape[heads_at]
-    block_half = triton.next_power_of_2(half)
+    block_half = next_power_of_2(half)
     most = max(1, 4096 // block_half)
-    q_block = min(triton.next_power_of_2(q_heads), most)
-    k_block = min(triton.next_power_of_2(max(k_heads, 1)), most)
+    q_block = min(next_power_of_2(q_heads), most)
+    k_block = min(next_power_of_2(max(k_heads, 1)), most)
     kernel: Any = rope_fwd_kernel
     with on_device_of(q):
         kernel[(q.shape[0] * seq,)](
@@ -117,7 +118,7 @@ def _launch(
             0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), cos.stride(2),
             0 if sin.shape[0] == 1 else sin.stride(0), sin.stride(1), sin.stride(2),
             Q_HEADS=q_heads, Q_BLOCK=q_block, K_HEADS=k_heads, K_BLOCK=k_block,
-            HALF=half, BLOCK_HALF=block_half, TAIL=tail, BLOCK_TAIL=triton.next_power_of_2(max(tail, 1)),
+            HALF=half, BLOCK_HALF=block_half, TAIL=tail, BLOCK_TAIL=next_power_of_2(max(tail, 1)),
             MID=_TL_DTYPE[mid], BACKWARD=backward,
             num_warps=min(8, max(1, q_block * block_half // 512)),
             # A fused multiply-add would skip the rounding of the first product in fp32.

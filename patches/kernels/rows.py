@@ -11,6 +11,16 @@ import triton.language as tl
 MAX_DIMS = 3
 
 
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). Triton's own takes microseconds on the host, since it also serves kernels; so does the next one."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 @triton.jit
 def row_offsets(row, size1, size2, stride0, stride1, stride2, NDIM: tl.constexpr):
     """Element offset of `row`, counted over (size0, size1, size2) with the last fastest; int64, so never wraps."""

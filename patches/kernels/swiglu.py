@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import on_device_of
-from .rows import merge_dims, row_offsets, unit_stride
+from .rows import cdiv, merge_dims, row_offsets, unit_stride
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if walk is None:
         return swiglu_fwd(gate.contiguous(), up.contiguous())
     n, rows, ndim, numbers = walk
-    blocks = triton.cdiv(n, 2048)
+    blocks = cdiv(n, 2048)
     with on_device_of(gate):
         swiglu_fwd_kernel[(rows * blocks,)](gate, up, y, n, blocks, *numbers, BLOCK=2048, NDIM=ndim, num_warps=4)
     return y
@@ -100,7 +100,7 @@ def swiglu_bwd(
                 target.copy_(value)
         return
     n, rows, ndim, numbers = walk
-    blocks = triton.cdiv(n, 1024)
+    blocks = cdiv(n, 1024)
     with on_device_of(gate):
         swiglu_bwd_kernel[(rows * blocks,)](
             dy, gate, up, gate if dgate is None else dgate, up if dup is None else dup, n, blocks, *numbers,
