@@ -132,6 +132,20 @@ def rms_norm_bwd_kernel(
 
 
 @triton.jit
+def _block_of_row(x_ptr, dy_ptr, w_ptr, cols, offset, N: tl.constexpr, CAST_FIRST: tl.constexpr):
+    """x and g = dy * weight at some columns of one row, in fp32."""
+    in_row = cols < N
+    x = tl.load(x_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    g = tl.load(dy_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + cols, mask=in_row, other=0.0).to(tl.float32)
+    if CAST_FIRST:
+        g = (g * w).to(x_ptr.dtype.element_ty).to(tl.float32)
+    else:
+        g = g * (offset + w)
+    return x, g
+
+
+@triton.jit
 def rms_norm_bwd_loop_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, dw_ptr, n_rows, size1, size2,
     x0, x1, x2, g0, g1, g2, r0, r1, r2, d0, d1, d2, offset,
@@ -146,24 +160,12 @@ def rms_norm_bwd_loop_kernel(
     products = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        x = tl.load(x_ptr + x_at + cols, mask=cols < N, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + g_at + cols, mask=cols < N, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        if CAST_FIRST:
-            g = (g * w).to(x_ptr.dtype.element_ty).to(tl.float32)
-        else:
-            g = g * (offset + w)
+        x, g = _block_of_row(x_ptr + x_at, dy_ptr + g_at, w_ptr, cols, offset, N, CAST_FIRST)
         products += g * (x * rstd)
     slope = tl.sum(products, axis=0) / N
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        x = tl.load(x_ptr + x_at + cols, mask=cols < N, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + g_at + cols, mask=cols < N, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        if CAST_FIRST:
-            g = (g * w).to(x_ptr.dtype.element_ty).to(tl.float32)
-        else:
-            g = g * (offset + w)
+        x, g = _block_of_row(x_ptr + x_at, dy_ptr + g_at, w_ptr, cols, offset, N, CAST_FIRST)
         dx = rstd * (g - x * rstd * slope)
         tl.store(dx_ptr + d_at + cols, dx.to(dx_ptr.dtype.element_ty), mask=cols < N)
 

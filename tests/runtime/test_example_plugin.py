@@ -23,6 +23,17 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
+def installed(folder, module, source):
+    """A site folder that holds a plugin of one module, as pip would leave it."""
+    site = folder / "site"
+    info = site / f"{module}-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[sloth_plugins]\n{module} = {module}\n")
+    (site / f"{module}.py").write_text(source)
+    return site
+
+
 def path(site):
     from launching import environment
 
@@ -87,12 +98,7 @@ def test_its_patches_keep_the_contract_of_accuracy(site, tmp_path):
     ],
 )
 def test_a_broken_plugin_is_one_line_and_training_goes_on(source, said, tmp_path):
-    info = tmp_path / "site" / "broken-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[sloth_plugins]\nbroken = broken_plugin\n")
-    (tmp_path / "site" / "broken_plugin.py").write_text(source)
-    losses, log = launch("train_loop.py", tmp_path, flag="1", **path(tmp_path / "site"))
+    losses, log = launch("train_loop.py", tmp_path, flag="1", **path(installed(tmp_path, "broken_plugin", source)))
     assert len(losses) == 6
     assert log.count(said) == 1
     assert "llama:rms_norm  5        applied" in log
@@ -120,12 +126,7 @@ def sloth_patches(architecture):
 
 
 def test_every_target_that_cannot_be_patched_is_a_reason_in_the_table(tmp_path):
-    info = tmp_path / "site" / "bad-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[sloth_plugins]\nbad = bad_targets\n")
-    (tmp_path / "site" / "bad_targets.py").write_text(BAD_TARGETS)
-    losses, log = launch("train_loop.py", tmp_path, flag="1", **path(tmp_path / "site"))
+    losses, log = launch("train_loop.py", tmp_path, flag="1", **path(installed(tmp_path, "bad_targets", BAD_TARGETS)))
     assert len(losses) == 6
     expected = {
         "no_class": "did you mean 'LlamaRMSNorm'",

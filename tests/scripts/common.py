@@ -20,6 +20,17 @@ TINY = {
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+OPTIONS = {
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "seed": 0,
+    "use_cpu": True,
+}
+
 
 def arguments():
     parser = argparse.ArgumentParser()

@@ -1,6 +1,6 @@
 """A user's own script: TRL's SFTTrainer with a PEFT config."""
 
-from common import TARGETS, arguments, model, rows, write
+from common import OPTIONS, TARGETS, arguments, model, rows, write
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,15 +16,8 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir=args.out,
         max_steps=args.steps,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
+        **OPTIONS,
         gradient_checkpointing=args.checkpointing,
-        disable_tqdm=True,
-        seed=0,
-        use_cpu=True,
         bf16=False,
     ),
     train_dataset=Dataset.from_list([{"text": " ".join(map(str, row))} for row in rows()]),

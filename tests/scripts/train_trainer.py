@@ -1,6 +1,6 @@
 """A user's own script: transformers.Trainer with PEFT."""
 
-from common import TARGETS, arguments, model, rows, write
+from common import OPTIONS, TARGETS, arguments, model, rows, write
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -12,16 +12,9 @@ trainer = Trainer(
     args=TrainingArguments(
         output_dir=args.out,
         max_steps=args.steps,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
+        **OPTIONS,
         gradient_checkpointing=args.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if args.checkpointing else None,
-        disable_tqdm=True,
-        seed=0,
-        use_cpu=True,
     ),
     train_dataset=data,
 )
