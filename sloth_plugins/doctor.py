@@ -23,9 +23,8 @@ SELF_CHECK_SECONDS = 300
 def kernel_checks() -> list[dict[str, object]]:
     """Run every kernel, forward and backward, in a process of its own: compiled on a GPU, else interpreted.
 
-    Each entry has `kernel`, `backend`, `error`, `limit` (relative, against the reference in
-    the same dtype) and `ok`. A process that
-    dies is one entry with the last line that it wrote.
+    Each entry has `kernel`, `backend`, `error`, `limit` (relative, against the reference in the same dtype) and `ok`.
+    A process that dies is one entry with the last line that it wrote.
     """
     import torch
 

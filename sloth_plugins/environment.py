@@ -1,4 +1,4 @@
-"""What this process runs on: versions, devices, Triton's state, rank. Probed once, except for what can change."""
+"""What this process runs on: versions, devices, Triton's state, rank. Versions are looked up once."""
 
 import os
 import platform
