@@ -72,7 +72,8 @@ def test_every_process_is_patched(tmp_path):
         "from sloth_plugins.application import patched\n"
         "accelerator = Accelerator(cpu=True)\nnetwork = accelerator.prepare(model())\n"
         "count = torch.tensor([sum(patched(m) is not None for m in network.modules())])\n"
-        "print('COUNTS', accelerator.gather(count).tolist())\naccelerator.end_training()\n"
+        # One write a process: print() writes its pieces one by one where Python is unbuffered.
+        "print(f'COUNTS {accelerator.gather(count).tolist()}\\n', end='')\naccelerator.end_training()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     done = run([*torchrun, script], tmp_path, flag="1")
