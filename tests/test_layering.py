@@ -37,7 +37,9 @@ def name_of(file):
 
 def layer_of(file):
     folder = file.relative_to(ROOT).parent.as_posix()
-    return "sloth_plugins" if folder.startswith("sloth_plugins") else folder
+    while folder not in LAYERS:
+        folder = folder.rpartition("/")[0]
+    return folder
 
 
 def sources():

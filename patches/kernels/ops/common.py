@@ -1,0 +1,34 @@
+"""What all ops share: finding the implementation, and whether a graph is needed."""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+from ..dispatch import backend_for
+
+MAX_ROW = 65536
+# Row and program numbers are 32-bit in the kernels; offsets are 64-bit.
+MAX_ROWS = 2**31 - 2**16
+
+
+@functools.cache
+def _implementation(op: str, backend: str) -> Any:
+    # Late, because the kernel modules exist only where triton does.
+    package = __package__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.{op if backend == 'triton' else 'reference'}")
+
+
+def kernels_for(op: str, *tensors: torch.Tensor) -> Any:
+    """The module that runs an op on these tensors. Raises TypeError where none does."""
+    backend = backend_for(*tensors)
+    if backend is None:
+        given = ", ".join(f"{type(t).__name__}({t.dtype}, {t.device}, {tuple(t.shape)})" for t in tensors)
+        raise TypeError(f"{op} cannot run on {given} here; ask its supports_ function first")
+    return _implementation(op, backend)
+
+
+def needs_graph(*tensors: torch.Tensor) -> bool:
+    """Whether a result of these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
