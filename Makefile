@@ -1,4 +1,4 @@
-# make demo | test | lint | compat | floor | clean. The first of them sets everything up; later ones take no set-up time.
+# make demo | test | lint | compat | lock | floor | clean. The first of them sets everything up; later ones take no set-up time.
 PYTHON ?= python3
 VENV ?= $(CURDIR)/.venv
 # Asked for first and by version, so that a local CPU build is taken where there is one.
@@ -9,15 +9,17 @@ TORCH_INDEX ?=
 PY ?= $(abspath $(VENV))/bin/python
 READY := $(if $(filter $(abspath $(VENV))/bin/python,$(PY)),$(VENV)/.ready)
 PIN ?=
+FRESH ?=
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q
 
-.PHONY: help setup demo test lint compat floor clean
+.PHONY: help setup demo test lint compat compat-ci lock floor clean
 
 help:
 	@echo 'make demo     fine-tune a small Llama, stock against patched'
 	@echo 'make test     run the tests (with a GPU: those of the kernels on it too)'
 	@echo 'make lint     ruff and mypy --strict'
-	@echo 'make compat   the contract on every pinned transformers; PIN=5.17.0 for one'
+	@echo 'make compat   every patch on every pinned transformers; PIN=5.17.0 for one, FRESH=1 to run all of it again'
+	@echo 'make lock     record the upstream code of every pin, after its changes were read'
 	@echo 'make floor    the contract on the lowest versions that pyproject.toml admits'
 
 setup: $(READY)
@@ -44,7 +46,17 @@ lint: $(READY)
 	$(PY) -m mypy
 
 compat: $(READY)
-	$(PY) compat/run.py $(PIN)
+	$(PY) compat/run.py $(if $(FRESH),--fresh) $(PIN)
+	$(PY) compat/render.py
+
+# What a change must pass: three pins as they are recorded, and nothing stale that is made of the record.
+compat-ci: $(READY)
+	$(PY) compat/render.py --check
+	$(PY) compat/run.py --ci --check
+
+lock: $(READY)
+	$(PY) compat/run.py --lock
+	$(PY) compat/render.py
 
 floor:
 	$(PYTHON) compat/floor.py

@@ -1,82 +1,210 @@
-"""Run the contract tests on the pins of matrix.toml: `python compat/run.py [PIN ...]`, all of them by default.
+"""Run the compat matrix: `python compat/run.py [--ci] [--check] [--fresh] [--lock] [PIN ...]`, all pins by default.
 
-Each pin is a folder under build/compat that precedes site-packages, so torch and the rest are installed once. A
-folder is reused for as long as its row of the matrix stays as it is.
+Cells are run from this project's built wheel, pins side by side as memory allows. What is done stays under
+build/compat, so a run that was interrupted goes on where it stopped. Results go into results.json; with `--check` that
+file stays as it is, and a cell whose verdict differs from it is an error.
 """
 
+import argparse
 import difflib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tomllib
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-OVERLAYS = ROOT / "build" / "compat"
-TESTS = ("contract",)
+import lock
+import overlays
+from overlays import BUILD, ROOT, OverlayError, Pin
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-Pin = dict[str, list[str] | str]
+RESULTS = ROOT / "compat" / "results.json"
+# Resident size of one pin's process, measured 1.1 GiB, with room to spare.
+GIB_PER_PIN = 2.5
 
-
-def pins() -> dict[str, Pin]:
-    """The rows of matrix.toml by name."""
-    matrix = tomllib.loads((ROOT / "compat" / "matrix.toml").read_text(encoding="utf-8"))
-    return {row["name"]: row for row in matrix["pin"]}
-
-
-def pip(target: Path, *arguments: str) -> None:
-    """Install into a folder; pip's complaints about packages beside it do not concern it."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--progress-bar", "off"]
-    done = subprocess.run([*command, "--target", str(target), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"pip install {' '.join(arguments)} failed:\n{done.stderr}")
+Result = dict[str, Any]
+_children: list[subprocess.Popen[bytes]] = []
 
 
-def overlay(name: str, pin: Pin) -> Path:
-    """The folder that holds a pin, made if it is not there; written beside and renamed."""
-    folder, row = OVERLAYS / name, json.dumps(pin, sort_keys=True)
-    if (folder / ".row").is_file() and (folder / ".row").read_text() == row:
-        return folder
-    fresh = OVERLAYS / f"{name}.part"
-    shutil.rmtree(fresh, ignore_errors=True)
-    pip(fresh, *pin["install"])
-    if pin.get("without_dependencies"):
-        pip(fresh, "--no-deps", *pin["without_dependencies"])
-    (fresh / ".row").write_text(row)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-    return folder
+def workers() -> int:
+    """How many pins run side by side: one for each core, and no more than fit."""
+    import psutil
+
+    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / 2**30 / GIB_PER_PIN)))
 
 
-def run(name: str, pin: Pin) -> bool:
-    """Install a pin, see that it is what is imported, and run the tests."""
-    folder = overlay(name, pin)
-    environment = dict(os.environ, PYTHONPATH=str(folder))
-    probe = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
-    found = subprocess.run(probe, env=environment, capture_output=True, text=True).stdout.strip()
-    if found != name:
-        print(f"transformers {name}: the overlay holds {found or 'nothing that imports'}")
-        return False
-    print(f"transformers {name} ({pin['role']})", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *TESTS]
-    return subprocess.run(command, cwd=ROOT / "tests", env=environment).returncode == 0
+def expected_cells() -> int:
+    """How many cells a pin has."""
+    from cells import TOGETHER
+
+    from sloth_plugins.discovery import Plugins
+
+    plugins = Plugins(load_entry_points=False)
+    return sum(
+        len(spec.model_types) * len((*plugins.patches(name), TOGETHER)) for name, spec in plugins.architectures.items()
+    )
 
 
-def main(wanted: list[str]) -> int:
-    """Run the wanted pins, or all; 2 for one that is not in the matrix, 1 if one fails."""
-    known = pins()
-    for name in wanted:
+def read_cells(file: Path) -> list[Result]:
+    """The finished cells of a pin."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    cells = []
+    for line in lines:
+        try:
+            cells.append(json.loads(line))
+        except ValueError:
+            continue  # the line that is just being written
+    return cells
+
+
+def run_pin(name: str, pin: Pin, own: Path, key: str, fresh: bool, progress: Progress) -> Result:
+    """Install a pin and run its cells. Raises `OverlayError` if it cannot be installed."""
+    task = progress.add_task(f"{name} installing", total=expected_cells())
+    folder = overlays.overlay(name, pin)
+    variables = overlays.environment(folder, own)
+    found = overlays.versions(variables, own)
+    file = BUILD / "cells" / f"{name}-{key}-{found['transformers']}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        file.unlink(missing_ok=True)
+    log = file.with_suffix(".log")
+    with log.open("wb") as output:
+        command = [sys.executable, str(ROOT / "compat" / "cells.py"), str(file)]
+        child = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
+        _children.append(child)
+        while child.poll() is None:
+            progress.update(task, completed=len(read_cells(file)), description=name)
+            time.sleep(0.5)
+    if child.returncode:
+        raise OverlayError(f"the cells of {name} ended with {child.returncode}:\n{log.read_text()[-2000:]}")
+    done = read_cells(file)
+    progress.update(task, completed=len(done), description=name)
+    states = [cell["state"] for cell in done]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    progress.console.print(f"transformers {name} ({pin['role']}): {counts}", markup=False)
+    for cell in done:
+        if cell["state"] == "red":
+            progress.console.print(f"  {cell['model_type']} {cell['patch']}: {cell['reason']}", markup=False)
+            progress.console.print(cell["diff"], markup=False) if cell["diff"] else None
+    table: dict[str, dict[str, dict[str, str]]] = {}
+    for cell in done:
+        table.setdefault(cell["model_type"], {})[cell["patch"]] = {"state": cell["state"], "reason": cell["reason"]}
+    return {"role": pin["role"], "versions": found, "cells": table}
+
+
+def run_pins(wanted: dict[str, Pin], fresh: bool) -> tuple[dict[str, Result], list[str]]:
+    """Results by pin, and what could not be run."""
+    key = overlays.source_key()
+    own = overlays.own_wheel(key)
+    results: dict[str, Result] = {}
+    faults: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress, ThreadPoolExecutor(workers()) as pool:
+        futures = {name: pool.submit(run_pin, name, pin, own, key, fresh, progress) for name, pin in wanted.items()}
+        try:
+            for name, future in futures.items():
+                try:
+                    results[name] = future.result()
+                except OverlayError as error:
+                    faults.append(f"transformers {name}: {error}")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in _children:
+                child.terminate()
+            raise
+    return results, faults
+
+
+def differences(found: dict[str, Result], recorded: dict[str, Result]) -> list[str]:
+    """Cells whose state is not the recorded one, each in a line."""
+    lines = []
+    for pin, result in found.items():
+        before = recorded.get(pin, {}).get("cells", {})
+        for kind, row in result["cells"].items():
+            for patch, cell in row.items():
+                was = before.get(kind, {}).get(patch, {}).get("state", "absent")
+                if was != cell["state"]:
+                    lines.append(f"{pin} {kind} {patch}: {cell['state']}, recorded as {was}. {cell['reason']}".rstrip())
+        for kind, row in before.items():
+            gone = row.keys() - result["cells"].get(kind, {}).keys()
+            lines += [f"{pin} {kind} {patch}: recorded, but no such cell was run" for patch in sorted(gone)]
+    return lines
+
+
+def write_lock(wanted: dict[str, Pin]) -> None:
+    """Write upstream.lock from the code of the pins."""
+    own = overlays.own_wheel(overlays.source_key())
+    by_version: dict[str, Any] = {}
+    for name, pin in wanted.items():
+        variables = overlays.environment(overlays.overlay(name, pin), own)
+        command = [sys.executable, str(ROOT / "compat" / "lock.py")]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        if done.returncode:
+            raise OverlayError(f"reading the code of {name} failed:\n{done.stderr[-2000:]}")
+        by_version[name] = json.loads(done.stdout)
+        print(f"transformers {name}: {len(by_version[name])} pieces of upstream code", flush=True)
+    lock.write(by_version)
+
+
+def choose(arguments: argparse.Namespace) -> dict[str, Pin]:
+    """The pins that are asked for. Exits with 2 for one that is not in the matrix."""
+    known = overlays.pins()
+    for name in arguments.pins:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             print(f"no pin {name!r} in compat/matrix.toml (known: {', '.join(known)}){hint}")
-            return 2
-    results = {name: run(name, known[name]) for name in wanted or known}
-    print("  ".join(f"{name} {'passed' if ok else 'FAILED'}" for name, ok in results.items()))
-    return 0 if all(results.values()) else 1
+            raise SystemExit(2)
+    if arguments.ci:
+        return {name: pin for name, pin in known.items() if pin.get("ci")}
+    if arguments.lock:
+        return {name: pin for name, pin in known.items() if name != "latest"}
+    return {name: known[name] for name in arguments.pins or known}
+
+
+def main() -> int:
+    """0 if every cell is what it must be, 1 if one is not, 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(description="Run the compat matrix.")
+    parser.add_argument("pins", nargs="*", metavar="PIN", help="versions of transformers in compat/matrix.toml")
+    parser.add_argument("--ci", action="store_true", help="the pins that every change must pass")
+    parser.add_argument("--check", action="store_true", help="compare with results.json instead of writing it")
+    parser.add_argument("--fresh", action="store_true", help="run cells again that are already done")
+    parser.add_argument("--lock", action="store_true", help="write upstream.lock from the pins, and run nothing")
+    arguments = parser.parse_args()
+    wanted = choose(arguments)
+    try:
+        if arguments.lock:
+            write_lock(wanted)
+            return 0
+        results, faults = run_pins(wanted, arguments.fresh)
+    except OverlayError as error:
+        print(error)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command goes on from here")
+        return 130
+    recorded: dict[str, Result] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if arguments.check:
+        faults += differences(results, recorded)
+    else:
+        order = [name for name in overlays.pins() if name in {**recorded, **results}]
+        merged = {name: {**recorded, **results}[name] for name in order}
+        RESULTS.write_text(json.dumps(merged, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    red = [
+        f"{pin} {kind} {patch} is red"
+        for pin, result in results.items()
+        if pin != "latest"
+        for kind, row in result["cells"].items()
+        for patch, cell in row.items()
+        if cell["state"] == "red"
+    ]
+    for fault in (*faults, *red):
+        print(fault)
+    return 1 if faults or red else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -14,6 +14,7 @@ from .requirements import malformed
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 OBJECT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 ATTRIBUTE_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -65,15 +66,20 @@ class Patch:
     (`"package.module:function"`); for a function, `within` names the class whose `forward` calls it, and only calls
     made from patched instances of that class see the replacement. `replacement` is `"module:factory"`; the factory
     gets the original callable and returns the new one, which must accept every call that the original accepts.
+    `formerly` holds other paths under which upstream has had the target; the first path that exists is taken.
     `where` maps config attributes (dotted for nested ones) to the values that the patch is written for. `requires`
-    holds PEP 508 strings. A patch with `default=False` runs only when it is selected by name.
+    holds PEP 508 strings. `fingerprints` holds those of the upstream code that the patch is written for, as
+    `sloth_plugins.fingerprint` computes them; with none, any code that fits the signature is patched. A patch with
+    `default=False` runs only when it is selected by name.
     """
 
     name: str
     target: str
     replacement: str
     within: str | None = None
+    formerly: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()
     where: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     status: Status = Supported()
     default: bool = True
@@ -86,6 +92,10 @@ class Patch:
         _must_match(OBJECT_PATH, owner, "replacement", self.replacement, "'package.module:factory'")
         if self.within is not None:
             _must_match(OBJECT_PATH, owner, "within", self.within, "'package.module:Class'")
+        for path in self.formerly:
+            _must_match(OBJECT_PATH, owner, "formerly", path, "'package.module:Class'")
+        for text in self.fingerprints:
+            _must_match(FINGERPRINT, owner, "fingerprints", text, "16 hexadecimal digits")
         _check_requirements(owner, self.requires)
         for key, values in self.where.items():
             _must_match(ATTRIBUTE_PATH, owner, "where", key, "a config attribute such as 'hidden_act'")
@@ -162,15 +172,20 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchitectureSpec:
-    """One model family: which `config.model_type`s it covers and which patches it has.
+    """One architecture: which `config.model_type`s it covers and which patches it has.
 
-    `tiny` overrides config attributes so that a model of the family is small enough for a test; the contract and
-    parity tests run on every architecture that declares it.
+    `family` is a name that several architectures share (`qwen` for qwen2 and qwen3): a selection may name either, and
+    reports show the family. It defaults to `name`.
+
+    `tiny` overrides config attributes so that a model of the architecture is small enough for a test; the contract
+    tests and the compat matrix run on every architecture that declares it. Its `"model_type"` names the whole model
+    where the architecture is only a part of one, such as the language model of a vision-language model.
     """
 
     name: str
     model_types: tuple[str, ...]
     patches: tuple[Patch, ...]
+    family: str = ""
     layout: BlockLayout | None = None
     requires: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)
@@ -178,6 +193,8 @@ class ArchitectureSpec:
     def __post_init__(self) -> None:
         owner = f"ArchitectureSpec {self.name!r}"
         _must_match(NAME, owner, "name", self.name, "a lower-case name such as 'llama'")
+        object.__setattr__(self, "family", self.family or self.name)
+        _must_match(NAME, owner, "family", self.family, "a lower-case name such as 'llama'")
         if isinstance(self.model_types, str) or not self.model_types:
             raise SpecError(f"{owner}: model_types={self.model_types!r} is not a tuple of config.model_type values")
         if not all(isinstance(patch, Patch) for patch in self.patches):

@@ -43,14 +43,18 @@ class PlanItem:
     """What is meant to happen to one patch; `skip` is None where it is to be applied.
 
     `selected` says whether the selection asks for it, `named` whether the user wrote its name, in which case a
-    skip is an error.
+    skip is an error. `family` is the architecture's, for reports; it defaults to `architecture`.
     """
 
     architecture: str
     patch: Patch
+    family: str = ""
     selected: bool
     named: bool = False
     skip: Skip | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "family", self.family or self.architecture)
 
 
 @dataclass(slots=True)
@@ -62,18 +66,28 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of one patch on one model: `modules` counts the instances that run the replacement."""
+    """What came of one patch on one model: `modules` counts the instances that run the replacement.
+
+    `tested` is what the compat matrix says of it on the installed transformers.
+    """
 
     architecture: str
     patch: str
+    family: str = ""
     state: Literal["applied", "skipped", "off"]
     modules: int = 0
     reason: str = ""
+    tested: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "family", self.family or self.architecture)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """All outcomes for one model. `unknown` holds model types that no architecture covers.
+
+    `towers` holds the parts of a covered model that stay stock, such as its vision tower.
 
     `changed` counts the modules that were given another class by this very call; a `dry` report is a plan.
     """
@@ -82,6 +96,7 @@ class Report:
     selection: str
     outcomes: tuple[Outcome, ...]
     unknown: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
     changed: int = 0
     dry: bool = False
 

@@ -25,9 +25,10 @@ MARK = "_sloth_patched"
 
 @dataclass(frozen=True, slots=True)
 class Patched:
-    """What a generated class remembers: the class it stands for, and the bindings it runs."""
+    """What a generated class remembers: the class it stands for, its forward of then, and the bindings it runs."""
 
     original: type
+    forward: Any
     bindings: tuple[Binding, ...]
 
     @property
@@ -80,10 +81,11 @@ _generated: dict[tuple[type, tuple[str, ...]], type] = {}
 def _generate(original: type, bindings: tuple[Binding, ...]) -> type:
     """The subclass of `original` that runs `bindings`; made once for each combination."""
     key = (original, _key(bindings))
-    known = _generated.get(key)
-    if known is not None and getattr(known, MARK).bindings == bindings:
-        return known
     forward: Callable[..., Any] = original.forward  # type: ignore[attr-defined]  # only classes with one are bound
+    known = _generated.get(key)
+    # Somebody may have given upstream's class another forward since.
+    if known is not None and getattr(known, MARK) == Patched(original, forward, bindings):
+        return known
     for binding in bindings:
         forward = binding.wrap(forward)
     members: dict[str, Any] = {
@@ -92,7 +94,7 @@ def _generate(original: type, bindings: tuple[Binding, ...]) -> type:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_to(original),
-        MARK: Patched(original, bindings),
+        MARK: Patched(original, original.forward, bindings),  # type: ignore[attr-defined]  # as above
     }
     if not hasattr(original, "__deepcopy__"):
         members["__deepcopy__"] = _deepcopy
@@ -157,12 +159,16 @@ class Survey:
 
 
 Check = Callable[[Binding, torch.nn.Module], str | None]
+Covers = Callable[[Binding, str], bool]
 
 
-def survey(model: torch.nn.Module, bindings: Iterable[Binding], check: Check) -> tuple[list[Survey], dict[str, Any]]:
+def survey(
+    model: torch.nn.Module, bindings: Iterable[Binding], covers: Covers, check: Check
+) -> tuple[list[Survey], dict[str, Any]]:
     """Which modules each binding can run in, and the wanted `(module, bindings)` by module name. Changes nothing.
 
-    `check` is asked first for each module and may refuse with a reason.
+    A module whose name a binding does not cover is none of its business; `check` is asked for each of the others and
+    may refuse with a reason.
     """
     surveys = [Survey(binding) for binding in bindings]
     wanted: dict[str, tuple[torch.nn.Module, list[Binding]]] = {}
@@ -171,7 +177,7 @@ def survey(model: torch.nn.Module, bindings: Iterable[Binding], check: Check) ->
         original = state.original if state else type(module)
         found: list[Binding] = []
         for result in surveys:
-            if not issubclass(original, result.binding.kind):
+            if not issubclass(original, result.binding.kind) or not covers(result.binding, name):
                 continue
             taken = next((other for other in found if other.patch.target == result.binding.patch.target), None)
             refusal = check(result.binding, module) or _foreign(module, result.binding, original)

@@ -54,15 +54,14 @@ def _say_problems(known: Plugins) -> None:
 @app.command("list")
 def list_patches(as_json: Json = False) -> None:
     """Show every architecture, its patches, and what each needs."""
-    from .listing import as_json_text, rows
+    from .listing import HEADER, as_json_text, entries
     from .report import columns
 
     known = plugins()
     if as_json:
         out.print(as_json_text(known), markup=False)
     else:
-        header = ("architecture", "model types", "patch", "needs", "state", "what it does")
-        out.print("\n".join(columns([header, *rows(known)])), markup=False)
+        out.print("\n".join(columns([HEADER, *(entry.row for entry in entries(known))])), markup=False)
     _say_problems(known)
 
 

@@ -25,7 +25,7 @@ from sloth_plugins.registry import (
     hookspecs,
 )
 
-BUILTIN = ("llama",)
+BUILTIN = ("llama", "mistral", "qwen", "gemma", "phi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +169,12 @@ class Plugins:
         return self._owner[architecture]
 
     def catalogue(self) -> dict[str, tuple[str, ...]]:
-        """Patch names by architecture name."""
-        return {name: tuple(patch.name for patch in self._patches[name]) for name in self.architectures}
+        """Patch names by architecture name and by family name."""
+        names: dict[str, dict[str, None]] = {}
+        for spec in self.architectures.values():
+            for name in (spec.family, spec.name):
+                names.setdefault(name, {}).update(dict.fromkeys(patch.name for patch in self._patches[spec.name]))
+        return {name: tuple(patches) for name, patches in names.items()}
 
     def architecture_of(self, config: Any) -> ArchitectureSpec | None:
         """The architecture of a config: a plugin's answer first, else by `model_type`."""

@@ -1,18 +1,22 @@
 """What `sloth-plugins list` shows: read from the specs alone, so it starts at once."""
 
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from sloth_plugins.registry import ArchitectureSpec, Experimental, Patch, Unsupported
 
 from .discovery import Plugins
+from .planning import MINIMUM
+
+HEADER = ("architecture", "model types", "patch", "needs", "state", "what it does")
 
 
 def needs(spec: ArchitectureSpec, patch: Patch) -> str:
     """Requirements of a patch: versions, then config values."""
-    parts = [*spec.requires, *patch.requires]
-    parts += [f"{key}={'|'.join(map(str, values))}" for key, values in patch.where.items()]
-    return ", ".join(parts)
+    versions = [*spec.requires, *patch.requires]
+    if not any(text.startswith("transformers") for text in versions):
+        versions += [text for text in MINIMUM if text.startswith("transformers")]
+    return ", ".join([*versions, *(f"{key}={'|'.join(map(str, values))}" for key, values in patch.where.items())])
 
 
 def state(patch: Patch) -> str:
@@ -23,15 +27,52 @@ def state(patch: Patch) -> str:
     return f"{text}, experimental: {patch.status.note}" if isinstance(patch.status, Experimental) else text
 
 
-def rows(known: Plugins) -> Iterator[tuple[str, str, str, str, str, str]]:
-    """One row for each patch."""
+@dataclass(slots=True)
+class Entry:
+    """One line: a patch of a family, for all of the family's architectures that have it in the same form."""
+
+    family: str
+    patch: str
+    needs: str
+    state: str
+    summary: str
+    architectures: list[str] = field(default_factory=list)
+    model_types: list[str] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The cells under `HEADER`."""
+        return self.family, ", ".join(self.model_types), self.patch, self.needs, self.state, self.summary
+
+
+def entries(known: Plugins) -> list[Entry]:
+    """Every patch of every architecture."""
+    found: dict[tuple[str, ...], Entry] = {}
     for spec in known.architectures.values():
         for patch in known.patches(spec.name):
-            yield spec.name, ", ".join(spec.model_types), patch.name, needs(spec, patch), state(patch), patch.summary
+            key = (spec.family, patch.name, needs(spec, patch), state(patch), patch.summary)
+            entry = found.setdefault(key, Entry(*key))
+            entry.architectures.append(spec.name)
+            entry.model_types += spec.model_types
+            entry.plugins.append(known.owner(spec.name))
+    order = list(dict.fromkeys(entry.family for entry in found.values()))
+    return sorted(found.values(), key=lambda entry: order.index(entry.family))
 
 
 def as_json_text(known: Plugins) -> str:
-    """The same as JSON, with the plugin that declares each architecture."""
-    keys = ("architecture", "model_types", "patch", "needs", "state", "summary")
-    entries = [dict(zip(keys, row, strict=True)) | {"plugin": known.owner(row[0])} for row in rows(known)]
-    return json.dumps(entries, indent=2)
+    """The same as JSON, with the plugins that declare the architectures."""
+    listed = [
+        {
+            "architecture": entry.family,
+            "names": entry.architectures,
+            "model_types": entry.model_types,
+            "patch": entry.patch,
+            "needs": entry.needs,
+            "state": entry.state,
+            "summary": entry.summary,
+            "plugin": ", ".join(sorted(set(entry.plugins))),
+        }
+        for entry in entries(known)
+    ]
+    return json.dumps(listed, indent=2)

@@ -3,19 +3,20 @@
 import os
 import weakref
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from sloth_plugins.registry import ArchitectureSpec, Outcome, PlanItem, Report, Skip
+from sloth_plugins.registry import Environment, Outcome, PlanItem, Report, Skip
 
 from . import application
+from .compatibility import verdict
 from .discovery import Plugins, plugins
 from .environment import probe
 from .errors import SlothError
-from .planning import configs_of, make_plan
+from .planning import make_plan
 from .resolving import Binding, bind
 from .selection import VARIABLE, Selection, check_names, parse
+from .territory import Territory, survey_territory
 
 # What the user did by hand in this process. The seams leave these models as they are, and the line at exit that nothing
 # was patched is not said once `patch` was called.
@@ -48,7 +49,12 @@ def _bind(item: PlanItem) -> tuple[PlanItem, Binding | None]:
     if not item.selected or item.skip is not None:
         return item, None
     bound = bind(item.patch)
-    return (replace(item, skip=bound), None) if isinstance(bound, Skip) else (item, bound)
+    if isinstance(bound, Skip):
+        return replace(item, skip=bound), None
+    if bound.drift is not None and not item.named:
+        asked = f"{item.family}:{item.patch.name}"
+        return replace(item, skip=Skip(f"{bound.drift}; {VARIABLE}=1,{asked} applies it all the same")), None
+    return item, bound
 
 
 def _refusal_text(result: application.Survey) -> str:
@@ -58,7 +64,7 @@ def _refusal_text(result: application.Survey) -> str:
 
 
 def _outcome(item: PlanItem, result: application.Survey | None) -> Outcome:
-    base = Outcome(architecture=item.architecture, patch=item.patch.name, state="skipped")
+    base = Outcome(architecture=item.architecture, family=item.family, patch=item.patch.name, state="skipped")
     if not item.selected:
         return replace(base, state="off", reason="not selected")
     if item.skip is not None:
@@ -66,30 +72,26 @@ def _outcome(item: PlanItem, result: application.Survey | None) -> Outcome:
     assert result is not None, "a selected item without a skip has been bound"
     refused = _refusal_text(result) if result.refusals else ""
     if result.modules:
-        return replace(base, state="applied", modules=len(result.modules), reason=refused)
+        drift = result.binding.drift
+        warning = f"untested: {drift}; compare it by `sloth-plugins verify --model MODEL`" if drift else ""
+        reason = "; ".join(filter(None, (warning, refused)))
+        return replace(base, state="applied", modules=len(result.modules), reason=reason)
     return replace(base, reason=refused or f"the model has no {result.binding.kind.__qualname__}")
+
+
+def _tested(item: PlanItem, territory: Territory, environment: Environment) -> str:
+    """The compat matrix's verdict for this patch of this model on the installed transformers."""
+    model_type = territory.configs[item.architecture][0].model_type
+    return verdict(model_type, item.patch.name, environment.versions.get("transformers", "none"))
 
 
 def _refuse_if_named(items: list[PlanItem], outcomes: list[Outcome], selection: Selection) -> None:
     for item, outcome in zip(items, outcomes, strict=True):
         if item.named and outcome.state == "skipped":
             raise SlothError(
-                f"{item.architecture}:{item.patch.name} was asked for by name and cannot run: {outcome.reason}; "
+                f"{item.family}:{item.patch.name} was asked for by name and cannot run: {outcome.reason}; "
                 f"take it out of {selection.source} to train without it"
             )
-
-
-def architectures_of(model: Any, plugins: Plugins) -> tuple[dict[str, list[Any]], tuple[str, ...]]:
-    """Configs by architecture name, of all that a model holds, and the model types that nobody covers."""
-    known: dict[str, list[Any]] = {}
-    unknown: dict[str, None] = {}
-    for config in configs_of(model):
-        spec: ArchitectureSpec | None = plugins.architecture_of(config)
-        if spec is None:
-            unknown[config.model_type] = None
-        else:
-            known.setdefault(spec.name, []).append(config)
-    return known, tuple(unknown)
 
 
 def examine(
@@ -100,9 +102,9 @@ def examine(
     known = plugins() if known is None else known
     check_names(selection, known.catalogue())
     environment = probe()
-    found, unknown = architectures_of(model, known)
+    territory = survey_territory(model, known)
     items: list[PlanItem] = []
-    for name, configs in found.items():
+    for name, configs in territory.configs.items():
         items += make_plan(known.architectures[name], configs, selection, environment, known).items
     bound = [_bind(item) for item in items]
     items = [item for item, _ in bound]
@@ -111,17 +113,26 @@ def examine(
         skip = known.check(binding.patch, module, environment)
         return None if skip is None else str(skip)
 
+    architectures = {id(binding): item.architecture for item, binding in bound}
+
+    def covers(binding: Binding, module: str) -> bool:
+        return territory.owners.get(module) == architectures[id(binding)]
+
     bindings = [binding for _, binding in bound if binding is not None]
-    surveys, wanted = application.survey(model, bindings, check)
+    surveys, wanted = application.survey(model, bindings, covers, check)
     by_binding = {id(result.binding): result for result in surveys}
-    outcomes = [_outcome(item, by_binding.get(id(binding))) for item, binding in bound]
+    outcomes = [
+        replace(_outcome(item, by_binding.get(id(binding))), tested=_tested(item, territory, environment))
+        for item, binding in bound
+    ]
     _refuse_if_named(items, outcomes, selection)
     changed = 0 if dry else application.apply(wanted.values())
     report = Report(
         environment=environment,
         selection=selection.text,
         outcomes=tuple(outcomes),
-        unknown=unknown,
+        unknown=territory.unknown,
+        towers=territory.towers,
         changed=changed,
         dry=dry,
     )

@@ -1,6 +1,6 @@
 """Selection x architecture x environment x config -> Plan: what is meant to happen, and why not the rest."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +42,14 @@ def make_plan(
     """
     items = []
     for patch in plugins.patches(spec.name):
-        decision = decide(selection, spec.name, patch.name, default=patch.default)
-        item = PlanItem(architecture=spec.name, patch=patch, selected=decision.selected, named=decision.named)
+        decision = decide(selection, spec.name, patch.name, family=spec.family, default=patch.default)
+        item = PlanItem(
+            architecture=spec.name,
+            family=spec.family,
+            patch=patch,
+            selected=decision.selected,
+            named=decision.named,
+        )
         if decision.selected:
             unmet = (unmet_condition(patch, spec, config, environment) for config in configs)
             item = replace(item, skip=next((skip for skip in unmet if skip is not None), None))
@@ -51,13 +57,3 @@ def make_plan(
     plan = Plan(items)
     plugins.adjust_plan(plan, environment)
     return plan
-
-
-def configs_of(model: Any) -> Iterator[Any]:
-    """Every distinct config with a `model_type` in a model, the outermost first."""
-    seen: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(getattr(config, "model_type", None), str) and id(config) not in seen:
-            seen.add(id(config))
-            yield config

@@ -1,7 +1,7 @@
 """A report as text: one table, one line for each patch."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 from sloth_plugins.registry import Environment, Outcome, Report
@@ -30,9 +30,29 @@ def environment_line(environment: Environment) -> str:
     return ", ".join(parts)
 
 
-def _row(outcome: Outcome, *, dry: bool) -> tuple[str, str, str, str]:
+def _row(outcome: Outcome, label: str, *, dry: bool) -> tuple[str, ...]:
     state = {"applied": "applies", "skipped": "skips"}.get(outcome.state, outcome.state) if dry else outcome.state
-    return f"{outcome.architecture}:{outcome.patch}", str(outcome.modules), state, outcome.reason
+    return label, str(outcome.modules), state, outcome.reason
+
+
+def _verdicts(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """The compat matrix's verdicts, those of one kind in one line."""
+    found: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome.tested or "not in the matrix", []).append(outcome.patch)
+    return (f"  compat matrix: {verdict} ({', '.join(patches)})" for verdict, patches in found.items())
+
+
+def _labels(outcomes: Iterable[Outcome]) -> list[str]:
+    """`family:patch`; by the architecture's own name where a model holds two of one family."""
+    outcomes = list(outcomes)
+    members: dict[str, set[str]] = {}
+    for outcome in outcomes:
+        members.setdefault(outcome.family, set()).add(outcome.architecture)
+    return [
+        f"{outcome.family if len(members[outcome.family]) == 1 else outcome.architecture}:{outcome.patch}"
+        for outcome in outcomes
+    ]
 
 
 def text(report: Report) -> str:
@@ -40,8 +60,12 @@ def text(report: Report) -> str:
     head = f"sloth-plugins {__version__} ({environment_line(report.environment)}), selection {report.selection!r}"
     lines = [head]
     if report.outcomes:
-        rows = [_row(outcome, dry=report.dry) for outcome in report.outcomes]
+        labels = _labels(report.outcomes)
+        rows = [_row(*pair, dry=report.dry) for pair in zip(report.outcomes, labels, strict=True)]
         lines += columns([("patch", "modules", "state", "why"), *rows])
+        lines += _verdicts(report.outcomes) if report.dry else []
+    for tower in report.towers:
+        lines.append(f"  {tower} stays stock")
     if report.unknown:
         types = ", ".join(map(repr, report.unknown))
         lines.append(
@@ -57,6 +81,7 @@ def as_json(report: Report) -> str:
             "selection": report.selection,
             "outcomes": [asdict(outcome) for outcome in report.outcomes],
             "unknown": list(report.unknown),
+            "towers": list(report.towers),
         },
         indent=2,
     )

@@ -9,7 +9,9 @@ from typing import Any
 
 from sloth_plugins.registry import Patch, Skip
 
+from .compatibility import known_fingerprints
 from .errors import nearest
+from .fingerprint import fingerprint
 from .origin import foreign_layer
 from .scoped import ScopedFunction, is_unused_stand_in, original_of, scoped_function, with_signature
 
@@ -18,13 +20,17 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A patch with its objects: instances of `kind` get `wrap(forward)` in place of their `forward`."""
+    """A patch with its objects: instances of `kind` get `wrap(forward)` in place of their `forward`.
+
+    `drift` says which upstream code is not one that the patch was tested with; None where all is known.
+    """
 
     patch: Patch
     kind: type
     # Made anew by each `bind`; two bindings of one patch to the same objects are equal.
     wrap: Callable[[Forward], Forward] = field(compare=False)
     scoped: ScopedFunction | None = None
+    drift: str | None = field(default=None, compare=False)
 
 
 class _Refused(Exception):
@@ -103,18 +109,47 @@ def _make(factory: Any, patch: Patch, original: Forward) -> Forward:
     return replacement  # type: ignore[no-any-return]  # checked to be callable
 
 
+def target_path(patch: Patch) -> str:
+    """The path of a patch's target in the installed upstream: the first of its paths that exists, or its own."""
+    for path in (patch.target, *patch.formerly) if patch.formerly else ():
+        module_name, _, attribute = path.partition(":")
+        try:
+            found = getattr(import_module(module_name), attribute, None)
+        except Exception:  # noqa: BLE001 - `bind` imports it again and reports why it cannot be
+            continue
+        # A name that a module only imports is another module's own.
+        if getattr(found, "__module__", module_name) == module_name and found is not None:
+            return path
+    return patch.target
+
+
+def _drift(patch: Patch, path: str, function: Forward, owner: type | None, *, deep: bool) -> str | None:
+    """What is not known about a piece of upstream's code, or None. Nothing is asked of code that nobody recorded."""
+    known = frozenset(patch.fingerprints) or known_fingerprints(path)
+    if known is None:
+        return None
+    found = fingerprint(function, owner, deep=deep)
+    if found in known:
+        return None
+    name = path.partition(":")[2]
+    return f"{name} has no source to compare" if found is None else f"{name} is not as it was tested ({found})"
+
+
 def bind(patch: Patch) -> Binding | Skip:
     """Resolve a patch's target and replacement; a `Skip` says what is missing or no longer upstream's own."""
     try:
         _, factory = _look_up(patch.replacement, "replacement")
-        owner, target = _look_up(patch.target, "target")
+        path = target_path(patch)
+        owner, target = _look_up(path, "target")
         if isinstance(target, type):
-            kind = _class(patch.target, "target")
-            _make(factory, patch, kind.forward)  # type: ignore[attr-defined]  # `_class` has checked it
-            return Binding(patch, kind, lambda original: _make(factory, patch, original))
+            kind = _class(path, "target")
+            original_forward: Forward = kind.forward  # type: ignore[attr-defined]  # `_class` has checked it
+            _make(factory, patch, original_forward)
+            drift = _drift(patch, path, original_forward, kind, deep=True)
+            return Binding(patch, kind, lambda original: _make(factory, patch, original), drift=drift)
         if patch.within is None:
-            return Skip(f"target {patch.target} is a function, so `within` must name the class that calls it")
-        name = patch.target.partition(":")[2]
+            return Skip(f"target {path} is a function, so `within` must name the class that calls it")
+        name = path.partition(":")[2]
         original = original_of(target)
         foreign = None if is_unused_stand_in(original) else foreign_layer(original, owner.__name__)
         if foreign is not None:
@@ -122,6 +157,11 @@ def bind(patch: Patch) -> Binding | Skip:
         replacement = _make(factory, patch, with_signature(original))
         scoped = scoped_function(owner, name, original)
         caller = _class(patch.within, "within")
-        return Binding(patch, caller, lambda forward: scoped.caller(forward, replacement), scoped)
+        caller_forward: Forward = caller.forward  # type: ignore[attr-defined]  # `_class` has checked it
+        drift = _drift(patch, path, original, None, deep=True)
+        drift = drift or _drift(patch, patch.within, caller_forward, caller, deep=False)
+        # A replacement may also have a say in the forward that calls the function, whole.
+        around = getattr(replacement, "around", lambda forward: forward)
+        return Binding(patch, caller, lambda forward: scoped.caller(around(forward), replacement), scoped, drift)
     except _Refused as refused:
         return refused.skip

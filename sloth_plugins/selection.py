@@ -5,9 +5,9 @@
     term      = "1" | "on"                           every patch that is on by default
               | [ "-" ] arch [ ":" patch { "+" patch } ]
 
-`arch` and `patch` are names or globs (`*`, `?`). `llama` means Llama's default patches; a patch that is off by
-default needs its name or a pattern other than a bare `*`. A selection that begins with an exclusion starts from all
-defaults.
+`arch` is the name of an architecture or of its family, `patch` that of a patch; both may be globs (`*`, `?`).
+`llama` means Llama's default patches; a patch that is off by default needs its name or a pattern other than a bare
+`*`. A selection that begins with an exclusion starts from all defaults.
 """
 
 import re
@@ -104,13 +104,13 @@ def parse(text: str | None, source: str = VARIABLE) -> Selection:
         raise SlothError(f"{source}={text!r}: {error}") from None
 
 
-def decide(selection: Selection, architecture: str, patch: str, *, default: bool = True) -> Decision:
+def decide(selection: Selection, architecture: str, patch: str, *, family: str = "", default: bool = True) -> Decision:
     """Whether `patch` of `architecture` is selected; `default` is what the patch declares."""
     if selection.is_off:
         return Decision(False)
     decision = Decision(selection.terms[0].excludes and default)
     for term in selection.terms:
-        if not fnmatchcase(architecture, term.architecture):
+        if not any(fnmatchcase(name, term.architecture) for name in (architecture, family)):
             continue
         matching = [pattern for pattern in term.patches if fnmatchcase(patch, pattern)]
         if term.patches and not matching:
@@ -123,7 +123,7 @@ def decide(selection: Selection, architecture: str, patch: str, *, default: bool
 
 
 def check_names(selection: Selection, catalogue: Mapping[str, Iterable[str]]) -> None:
-    """Raise `SlothError` for a term that can match nothing in `catalogue` (architecture name to patch names)."""
+    """Raise `SlothError` for a term that can match nothing in `catalogue`: patch names by architecture or family."""
     for term in selection.terms:
         architectures = [name for name in catalogue if fnmatchcase(name, term.architecture)]
         if not architectures:

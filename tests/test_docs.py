@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sloth_plugins import cli
 from sloth_plugins.discovery import Plugins
-from sloth_plugins.listing import rows
+from sloth_plugins.listing import entries
 from sloth_plugins.registry import hookspecs
 from sloth_plugins.selection import decide, parse
 
@@ -42,7 +42,7 @@ def test_every_hook_is_documented_with_its_signature():
 def test_the_table_of_patches_is_what_list_shows():
     lines = between(README, "list").splitlines()[2:]
     cells = [tuple(cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]) for line in lines]
-    assert cells == list(rows(Plugins(load_entry_points=False)))
+    assert cells == [entry.row for entry in entries(Plugins(load_entry_points=False))]
 
 
 def test_the_example_is_the_plugin_that_is_tested():

@@ -18,7 +18,7 @@ LAYERS = {
         {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.forwards"},
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
-    "patches": ({"sloth_plugins.registry"}, HEAVY | {"sloth_plugins"}),
+    "patches": ({"sloth_plugins.registry", "sloth_plugins.patches.conventions"}, HEAVY | {"sloth_plugins"}),
     "sloth_plugins": (
         {"sloth_plugins", "pluggy", "packaging", "typer", "rich", "torch"},
         {"sloth_plugins.patches", "unsloth", "liger_kernel"},

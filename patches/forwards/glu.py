@@ -1,6 +1,7 @@
-"""Gated MLP forwards for modules with `gate_proj`, `up_proj`, `down_proj` and `act_fn`.
+"""Gated MLP forwards: an activation of one projection of the input, times another projection, projected down.
 
-The projections are called as modules, so LoRA, 4-bit layers and hooks on them work as before.
+The projections are called as modules, so LoRA, 4-bit layers and hooks on them work as before. An activation that the
+ops do not know, or one with hooks, takes upstream's path.
 """
 
 import functools
@@ -8,43 +9,51 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels import ops
+from .activation import activation_of
 
 Forward = Callable[..., torch.Tensor]
 
-# By name: transformers' own class is not imported here, and it differs between versions.
-SILU = frozenset({"torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"})
 
-
-def _is_plain_silu(activation: object) -> bool:
-    kind = type(activation)
-    return f"{kind.__module__}.{kind.__qualname__}" in SILU and "forward" not in vars(activation)
-
-
-def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether a hook of any kind expects the module to be called."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]  # torch's
-
-
-def swiglu(original: Forward) -> Forward:
-    """`down_proj(silu(gate_proj(x)) * up_proj(x))`; another activation, or one with hooks, takes upstream's path."""
+def gated(original: Forward) -> Forward:
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, as in Llama and Gemma."""
 
     @functools.wraps(original)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        activation = self.act_fn
         if torch.compiler.is_compiling():  # first, since Dynamo cannot trace the questions below
             return original(self, x)
-        if not _is_plain_silu(activation) or _is_watched(activation):
+        activation = activation_of(self.act_fn)
+        if activation is None:
             return original(self, x)
         gate = self.gate_proj(x)
         up = self.up_proj(x)
-        if ops.supports_swiglu(gate, up):
-            hidden = ops.swiglu(gate, up)
+        if ops.supports_glu(gate, up):
+            hidden = ops.glu(gate, up, activation)
         else:
-            hidden = activation(gate) * up
+            hidden = self.act_fn(gate) * up
+        down: torch.Tensor = self.down_proj(hidden)
+        return down
+
+    return forward
+
+
+def gated_fused(original: Forward) -> Forward:
+    """`down_proj(up * activation_fn(gate))` with both from one `gate_up_proj(x)`, gate first, as in Phi-3."""
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return original(self, hidden_states)
+        activation = activation_of(self.activation_fn)
+        if activation is None:
+            return original(self, hidden_states)
+        gate_up = self.gate_up_proj(hidden_states)
+        if ops.supports_glu_fused(gate_up):
+            hidden = ops.glu_fused(gate_up, activation)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            hidden = up * self.activation_fn(gate)
         down: torch.Tensor = self.down_proj(hidden)
         return down
 

@@ -1,4 +1,7 @@
-"""RMSNorm forwards for modules with `weight` and `variance_epsilon` (or `eps`)."""
+"""RMSNorm forwards for modules with `weight` and `variance_epsilon` (or `eps`).
+
+Norms of q and k in an attention may leave their work to the rotary embedding; see deferred_norm.py.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,27 +10,49 @@ from typing import Any
 import torch
 
 from ..kernels import ops
+from .deferred_norm import NormKind, deferrable, defers, epsilon
 
 Forward = Callable[..., torch.Tensor]
 
+LLAMA = NormKind(offset=0.0, cast_before_weight=True)
+OLMO2 = NormKind(offset=0.0, cast_before_weight=False)
+GEMMA = NormKind(offset=1.0, cast_before_weight=False)
 
-def _forward(original: Forward, *, offset: float, cast_before_weight: bool) -> Forward:
-    @functools.wraps(original)
-    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if not ops.supports_rms_norm(hidden_states, weight):
-            return original(self, hidden_states)
-        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
-        return ops.rms_norm(hidden_states, weight, eps, offset=offset, cast_before_weight=cast_before_weight)
 
-    return forward
+def _run(original: Forward, norm: Any, x: torch.Tensor, kind: NormKind) -> torch.Tensor:
+    weight = norm.weight
+    if not ops.supports_rms_norm(x, weight):  # first, since under torch.compile it is False and nothing else is traced
+        return original(norm, x)
+    if defers(norm, x):
+        return x
+    return ops.rms_norm(x, weight, epsilon(norm), offset=kind.offset, cast_before_weight=kind.cast_before_weight)
 
 
 def cast_before_weight(original: Forward) -> Forward:
     """Llama's order: normalise in fp32, round to the input's dtype, multiply by the weight."""
-    return _forward(original, offset=0.0, cast_before_weight=True)
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _run(original, self, hidden_states, LLAMA)
+
+    return deferrable(forward, LLAMA)
 
 
 def cast_after_weight(original: Forward) -> Forward:
     """OLMo 2's order: normalise in fp32, multiply by the weight in fp32, round to the input's dtype."""
-    return _forward(original, offset=0.0, cast_before_weight=False)
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _run(original, self, hidden_states, OLMO2)
+
+    return deferrable(forward, OLMO2)
+
+
+def offset_one(original: Forward) -> Forward:
+    """Gemma's: normalise in fp32, multiply by 1 + weight in fp32, round to the input's dtype."""
+
+    @functools.wraps(original)
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return _run(original, self, x, GEMMA)
+
+    return deferrable(forward, GEMMA)

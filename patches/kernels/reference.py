@@ -4,6 +4,8 @@ They run wherever Triton cannot and say in ten lines what each kernel computes: 
 elementwise ops of upstream's modelling code would round. The kernel modules have the same functions.
 """
 
+import math
+
 import torch
 
 Tensor = torch.Tensor
@@ -106,23 +108,160 @@ def rope_bwd(
             target[..., rotated:] = grad[..., rotated:]
 
 
-def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, silu(g) = g / (1 + exp(-g)) rounded to the dtype; any shape, one dtype."""
-    return torch.nn.functional.silu(gate) * up
+def qk_norm_rope_fwd(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_eps: float,
+    k_eps: float,
+    offset: float,
+    cast_before_weight: bool,
+    unsqueeze_dim: int,
+    keep_dtype: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`rms_norm_fwd` of q and of k over the head's features, then `rope_fwd`.
+
+    q, k as for `rope_fwd` with R = D, weights [D]. Returns both results, and rstd of q and of k in fp32, without D.
+    """
+    q_normed, q_rstd = rms_norm_fwd(q, q_weight, q_eps, offset, cast_before_weight)
+    k_normed, k_rstd = rms_norm_fwd(k, k_weight, k_eps, offset, cast_before_weight)
+    q_out, k_out = rope_fwd(q_normed, k_normed, cos, sin, unsqueeze_dim, keep_dtype)
+    return q_out, k_out, q_rstd, k_rstd
 
 
-def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
-    """With s = sigmoid(gate): dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * silu(gate).
+def qk_norm_rope_bwd(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_rstd: Tensor,
+    k_rstd: Tensor,
+    offset: float,
+    cast_before_weight: bool,
+    unsqueeze_dim: int,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    need_dq_weight: bool,
+    need_dk_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`rope_bwd` to the dtype that the norm's result had, then `rms_norm_bwd`, for each of q and k.
+
+    Writes `dq` (shape and dtype of q; may be grad_q itself) unless it is None, and returns the weight's gradient if
+    asked for; likewise for k. Where a gradient is None nothing is written, and None is returned.
+    """
+    dws: list[Tensor | None] = []
+    for grad, x, weight, rstd, dx, need_dw in (
+        (grad_q, q, q_weight, q_rstd, dq, need_dq_weight),
+        (grad_k, k, k_weight, k_rstd, dk, need_dk_weight),
+    ):
+        if grad is None or not (need_dw or dx is not None):
+            dws.append(None)
+            continue
+        dtype = torch.promote_types(x.dtype, weight.dtype) if cast_before_weight else x.dtype
+        dy = torch.empty_like(x, dtype=dtype)
+        rope_bwd(grad, None, cos, sin, unsqueeze_dim, dy, None)
+        dws.append(rms_norm_bwd(dy, x, weight, rstd, offset, cast_before_weight, dx, need_dw))
+    return dws[0], dws[1]
+
+
+def activate_fwd(x: Tensor, activation: str) -> Tensor:
+    """x * s(x), rounded once: for silu s = sigmoid, for gelu the normal distribution, for gelu_tanh its approximation.
+
+    The approximation is s(x) = sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 * x^3), which is (1 + tanh(u)) / 2.
+    """
+    if activation == "silu":
+        y: Tensor = torch.nn.functional.silu(x)
+    else:
+        y = torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y
+
+
+def _activation_grad(x: Tensor, activation: str) -> Tensor:
+    """s(x) + x * s'(x) in fp32, finite wherever x is; x [...] in fp32."""
+    if activation == "gelu":
+        cdf: Tensor = torch.special.ndtr(x)
+        return cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    if activation == "silu":
+        sig = torch.sigmoid(x)
+        return sig * (1 + x * (1 - sig))
+    scale = math.sqrt(8 / math.pi)
+    # From 16 on the slope is 0 or 1 to fp32; the square of x could overflow, and 0 * inf is NaN.
+    x = x.clamp(-16, 16)
+    z = scale * (x + 0.044715 * x.pow(3))
+    # sigmoid(-z) is 1 - sigmoid(z) without cancellation: what multiplies it is large.
+    return torch.sigmoid(z) * (1 + x * torch.sigmoid(-z) * scale * (1 + 3 * 0.044715 * x.square()))
+
+
+def activate_bwd(dy: Tensor, x: Tensor, dx: Tensor, activation: str) -> None:
+    """dx = dy * (the activation's derivative at x), rounded once into `dx`, which may be x itself."""
+    dx.copy_(dy.float() * _activation_grad(x.float(), activation))
+
+
+def glu_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activate(gate) rounded to the dtype, times up; any shape, one dtype."""
+    return activate_fwd(gate, activation) * up
+
+
+def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None, activation: str) -> None:
+    """dgate = (dy * up rounded to the dtype) * (the activation's derivative at gate), dup = dy * activate(gate).
 
     Writes those of `dgate` and `dup` that are not None; they may be gate's and up's own buffers.
     """
-    g = gate.float()
-    sig = torch.sigmoid(g)
     # Both are formed before either is written: dgate may be gate, dup may be up.
     values = (
-        None if dgate is None else (dy * up).float() * (sig * (1 + g * (1 - sig))),
-        None if dup is None else dy * torch.nn.functional.silu(gate),
+        None if dgate is None else (dy * up).float() * _activation_grad(gate.float(), activation),
+        None if dup is None else dy * activate_fwd(gate, activation),
     )
     for target, value in zip((dgate, dup), values, strict=True):
         if target is not None and value is not None:
             target.copy_(value)
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y = xhat * w + b over the last dimension, xhat = (x - mean) * rstd, rstd = 1 / sqrt(mean((x - mean)^2) + eps).
+
+    x [..., N], weight and bias [N] or None. Returns y [..., N] in x's dtype, mean [...] and rstd [...] in fp32.
+    """
+    x32 = x.float()
+    mean = x32.mean(-1, keepdim=True)
+    centred = x32 - mean
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * rstd
+    if weight is not None:
+        y = y * weight.float()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """With g = dy * w: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), dw = sum of dy * xhat, db = sum of dy.
+
+    Writes those of `dx` (shape and dtype of x; may be dy itself), `dw` and `db` [N] that are not None.
+    """
+    n = x.shape[-1]
+    r = rstd.unsqueeze(-1)
+    dy32, xhat = dy.float(), (x.float() - mean.unsqueeze(-1)) * r
+    if dw is not None:
+        dw.copy_((dy32 * xhat).reshape(-1, n).sum(0))
+    if db is not None:
+        db.copy_(dy32.reshape(-1, n).sum(0))
+    if dx is not None:
+        g = dy32 if weight is None else dy32 * weight.float()
+        dx.copy_(r * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)))

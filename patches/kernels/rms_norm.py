@@ -2,7 +2,6 @@
 # Kernels are written in Triton's language, not in typed Python.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
-import functools
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .dispatch import multiprocessors, on_device_of
-from .rows import cdiv, merge_dims, next_power_of_2, row_offsets, unit_stride
+from .norm_rows import empty_statistic, row_tile, rows_of
+from .rows import cdiv, next_power_of_2, row_offsets, unit_stride
 
 # Longest rows that one program keeps in registers; beyond, it walks the row in blocks and reads it twice.
 FWD_TILE = 32768
@@ -211,34 +211,6 @@ def rms_norm_dw_sum_kernel(
     tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < N)
 
 
-@functools.cache
-def _tile(n: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_M, num_warps): short rows share a program, long rows get 16 elements a thread."""
-    block_n = next_power_of_2(n)
-    block_m = max(1, 2048 // block_n)
-    return block_n, block_m, min(32, max(4, block_n * block_m // 512))
-
-
-def _rows_of(first: torch.Tensor, *others: torch.Tensor, rstd: torch.Tensor) -> tuple[int, list[int]] | None:
-    """How to walk the rows of tensors of one shape, rstd's place being second to last; None if not expressible."""
-    tensors = (first, *others)
-    n = first.shape[-1]
-    if all(t.is_contiguous() for t in tensors) and rstd.is_contiguous():
-        strides = [0, 0, n] * len(tensors)
-        strides[-3:-3] = [0, 0, 1]
-        return 1, [1, 1, *strides]
-    order = [t.stride()[:-1] for t in tensors]
-    order.insert(-1, rstd.stride())
-    return merge_dims(first.shape[:-1], order)
-
-
-def _empty_rstd(x: torch.Tensor) -> torch.Tensor:
-    if x.is_contiguous():
-        return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    # In the order of x's memory, so that their dimensions merge.
-    return torch.empty_like(x.select(-1, 0), dtype=torch.float32)
-
-
 def rms_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, cast_before_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,15 +220,15 @@ def rms_norm_fwd(
     dtype = torch.promote_types(x.dtype, weight.dtype) if cast_before_weight else x.dtype
     x, weight = unit_stride(x), weight.contiguous()
     y = torch.empty_like(x, dtype=dtype)
-    rstd = _empty_rstd(x)
-    walk = _rows_of(x, y, rstd=rstd)
+    rstd = empty_statistic(x)
+    walk = rows_of(x, y, statistic=rstd)
     if walk is None:
         return rms_norm_fwd(x.contiguous(), weight, eps, offset, cast_before_weight)
     ndim, (size1, size2, x0, x1, x2, r0, r1, r2, y0, y1, y2) = walk
     kernel: Any
     if n <= FWD_TILE:
         kernel = rms_norm_fwd_kernel
-        block_n, block_m, warps = _tile(n)
+        block_n, block_m, warps = row_tile(n)
     else:
         kernel = rms_norm_fwd_loop_kernel
         block_n, block_m, warps = LOOP_BLOCK, 1, 16
@@ -283,7 +255,7 @@ def rms_norm_bwd(
     n_rows = x.numel() // n
     dy, x, weight = unit_stride(dy), unit_stride(x), weight.contiguous()
     # Without dx its slot in the walk is filled by dy and never used.
-    walk = _rows_of(x, dy, dy if dx is None else dx, rstd=rstd)
+    walk = rows_of(x, dy, dy if dx is None else dx, statistic=rstd)
     if walk is None or (dx is not None and n > 1 and dx.stride(-1) != 1):
         flat = None if dx is None else torch.empty(x.shape, dtype=dx.dtype, device=dx.device)
         dy, x, rstd = dy.contiguous(), x.contiguous(), rstd.contiguous()
@@ -293,7 +265,7 @@ def rms_norm_bwd(
         return dw
     ndim, numbers = walk
     sizes, x_by, g_by, r_by, d_by = numbers[:2], numbers[2:5], numbers[5:8], numbers[8:11], numbers[11:14]
-    block_n, block_m, warps = _tile(n)
+    block_n, block_m, warps = row_tile(n)
     fused = need_dw and n <= DW_TILE
     dw = None
     with on_device_of(x):

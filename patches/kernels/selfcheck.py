@@ -4,6 +4,7 @@ Prints one JSON line for each kernel and dtype: the largest relative error, what
 On a machine without a CUDA device it is meant to be run with TRITON_INTERPRET=1.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +13,12 @@ import torch
 
 from . import reference
 from .dispatch import backend_for
-from .ops import apply_rotary, rms_norm, swiglu
+from .ops import activate, apply_rotary, glu, glu_fused, layer_norm, qk_norm_rope, rms_norm
+from .ops.activation import ACTIVATIONS
 
 EPS = 1e-6
 Tensors = list[torch.Tensor]
+Check = Callable[[Callable[..., torch.Tensor]], tuple[Tensors, Tensors]]
 
 
 def _rms_norm(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
@@ -27,6 +30,16 @@ def _rms_norm(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     dw = reference.rms_norm_bwd(dy, x, weight, rstd, 0.0, True, dx, True)
     assert dw is not None, "asked for"
     return found, [expected, dx, dw]
+
+
+def _layer_norm(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    x, weight, bias, dy = draw(3, 5, 100), draw(100), draw(100), draw(3, 5, 100)
+    y = layer_norm(x, weight, bias, EPS)
+    found = [y, *torch.autograd.grad(y, [x, weight, bias], dy)]
+    expected, mean, rstd = reference.layer_norm_fwd(x, weight, bias, EPS)
+    gradients = [torch.empty_like(t) for t in (x, weight, bias)]
+    reference.layer_norm_bwd(dy, x, weight, mean, rstd, *gradients)
+    return found, [expected, *gradients]
 
 
 def _rope(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
@@ -41,16 +54,59 @@ def _rope(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     return found, [*expected, dq, dk]
 
 
-def _swiglu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+def _qk_norm_rope(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    q, k = draw(2, 7, 4, 24).transpose(1, 2), draw(2, 7, 2, 24).transpose(1, 2)
+    q_weight, k_weight = draw(24), draw(24)
+    cos, sin = draw(1, 7, 24).detach(), draw(1, 7, 24).detach()
+    outputs = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, q_eps=EPS, k_eps=EPS)
+    gradients = [torch.randn_like(output) for output in outputs]
+    found = [*outputs, *torch.autograd.grad(outputs, [q, k, q_weight, k_weight], gradients)]
+    tensors = q, k, q_weight, k_weight, cos, sin
+    q_out, k_out, q_rstd, k_rstd = reference.qk_norm_rope_fwd(*tensors, EPS, EPS, 0.0, True, 1, False)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dws = reference.qk_norm_rope_bwd(
+        gradients[0], gradients[1], *tensors, q_rstd, k_rstd, 0.0, True, 1, dq, dk, True, True
+    )
+    return found, [q_out, k_out, dq, dk, *(dw for dw in dws if dw is not None)]
+
+
+def _glu(draw: Callable[..., torch.Tensor], activation: str) -> tuple[Tensors, Tensors]:
     gate, up, dy = draw(11, 70), draw(11, 70), draw(11, 70)
-    y = swiglu(gate, up)
+    y = glu(gate, up, activation)
     found = [y, *torch.autograd.grad(y, [gate, up], dy)]
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    reference.swiglu_bwd(dy, gate, up, dgate, dup)
-    return found, [reference.swiglu_fwd(gate, up), dgate, dup]
+    reference.glu_bwd(dy, gate, up, dgate, dup, activation)
+    return found, [reference.glu_fwd(gate, up, activation), dgate, dup]
 
 
-KERNELS = {"rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu}
+def _glu_fused(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    gate_up, dy = draw(11, 140), draw(11, 70)
+    y = glu_fused(gate_up, "silu")
+    found = [y, *torch.autograd.grad(y, [gate_up], dy)]
+    gate, up = gate_up.detach().chunk(2, -1)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    reference.glu_bwd(dy, gate, up, dgate, dup, "silu")
+    return found, [reference.glu_fwd(gate, up, "silu"), torch.cat((dgate, dup), -1)]
+
+
+def _activate(draw: Callable[..., torch.Tensor], activation: str) -> tuple[Tensors, Tensors]:
+    x, dy = draw(11, 70), draw(11, 70)
+    y = activate(x, activation)
+    found = [y, *torch.autograd.grad(y, [x], dy)]
+    dx = torch.empty_like(x)
+    reference.activate_bwd(dy, x, dx, activation)
+    return found, [reference.activate_fwd(x, activation), dx]
+
+
+KERNELS: dict[str, Check] = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "rope": _rope,
+    "qk_norm_rope": _qk_norm_rope,
+    "glu_fused": _glu_fused,
+    **{f"glu {name}": functools.partial(_glu, activation=name) for name in ACTIVATIONS},
+    **{f"activate {name}": functools.partial(_activate, activation=name) for name in ACTIVATIONS},
+}
 
 
 def checks() -> Iterator[dict[str, object]]:

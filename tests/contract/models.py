@@ -1,25 +1,27 @@
-"""Tiny models of every architecture that declares `tiny`, and what a model is made of, object for object."""
-
-import gc
-import sys
+"""Tiny models of every architecture that declares `tiny`, and their gradients."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sloth_plugins.discovery import Plugins
+from sloth_plugins.testing import anatomy as anatomy
+from sloth_plugins.testing import tiny_model
 
 # Tiny models gain nothing from threads, and lose much where several processes share two cores.
 torch.set_num_threads(1)
 
 KNOWN = Plugins(load_entry_points=False)
-KINDS = [(name, kind) for name, spec in KNOWN.architectures.items() if spec.tiny for kind in spec.model_types]
+# A part of a larger model has its own tests (runtime/test_towers.py) and its cells in the matrix.
+KINDS = [
+    (name, kind)
+    for name, spec in KNOWN.architectures.items()
+    if spec.tiny and "model_type" not in spec.tiny
+    for kind in spec.model_types
+]
 PATCHES = [(name, kind, patch.name) for name, kind in KINDS for patch in KNOWN.patches(name)]
 
 
 def build(architecture, kind, seed=0, **changes):
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**KNOWN.architectures[architecture].tiny, **changes})
-    return AutoModelForCausalLM.from_config(config)
+    return tiny_model(KNOWN.architectures[architecture], kind, seed=seed, **changes)
 
 
 def batch(rows=2, length=13, vocabulary=96, seed=3):
@@ -33,24 +35,6 @@ def gradients(model, ids=None, **kwargs):
     loss = model(input_ids=ids, labels=ids, **kwargs).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def anatomy(model):
-    """Every object a model is made of, by identity, with the functions that its modeling file holds."""
-    gc.collect()  # a patched model of an earlier test holds its functions until it is collected
-    parts = {}
-    for name, module in model.named_modules():
-        home = sys.modules[type(module).__module__]
-        parts[name] = (type(module), tuple(sorted(vars(module))))
-        parts[name, "functions"] = {
-            key: id(value) for key, value in vars(home).items() if callable(value) and not key.startswith("__")
-        }
-        for key, value in vars(module).items():
-            if key not in ("_parameters", "_buffers", "_modules", "training"):
-                parts[name, key] = id(value)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        parts[name, "tensor"] = (id(tensor), tensor.data_ptr())
-    return parts
 
 
 def assert_close(found, expected, factor=40):

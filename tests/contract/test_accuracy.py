@@ -24,8 +24,9 @@ def test_loss_and_gradients_against_float64(architecture, kind, selection, dtype
 def test_a_wrong_kernel_is_caught(architecture, kind, monkeypatch):
     from sloth_plugins.patches.kernels import ops
 
-    real = ops.rms_norm
-    monkeypatch.setattr(ops, "rms_norm", lambda x, *args, **kwargs: real(x, *args, **kwargs) * 1.00001)
+    for name in ("rms_norm", "layer_norm"):
+        real = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, real=real, **kwargs: real(*args, **kwargs) * 1.00001)
     verdict = compare(lambda: build(architecture, kind), "1", tokens=33, seed=1)
     assert not verdict.passed
 

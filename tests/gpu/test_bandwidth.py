@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def rms_norm_bwd(kernels, need_dw):
     return lambda: kernels.rms_norm_bwd(dy, x, w, rstd, 0.0, True, dx, need_dw)
 
 
+def layer_norm_fwd(kernels):
+    x, w, b = bf16(TOKENS, HIDDEN), bf16(HIDDEN), bf16(HIDDEN)
+    return lambda: kernels.layer_norm_fwd(x, w, b, 1e-5)
+
+
+def layer_norm_bwd(kernels, need_parameters):
+    x, dy, w = bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), bf16(HIDDEN)
+    mean, rstd, dx = torch.zeros(TOKENS), torch.ones(TOKENS), torch.empty_like(x)
+    sums = [torch.empty_like(w), torch.empty_like(w)] if need_parameters else [None, None]
+    return lambda: kernels.layer_norm_bwd(dy, x, w, mean, rstd, dx, *sums)
+
+
 def heads(n):
     return bf16(2, TOKENS // 2, n * DIM).view(2, TOKENS // 2, n, DIM).transpose(1, 2)
 
@@ -82,18 +95,56 @@ def rope_bwd(kernels):
     return lambda: kernels.rope_bwd(q, k, cos, sin, 1, dq, dk)
 
 
-def swiglu_fwd(kernels):
+def qk_norm_rope_inputs():
+    tables = bf16(1, TOKENS // 2, DIM), bf16(1, TOKENS // 2, DIM)
+    return heads(HEADS), heads(KV_HEADS), bf16(DIM), bf16(DIM), *tables
+
+
+def qk_norm_rope_fwd(kernels):
+    tensors = qk_norm_rope_inputs()
+    return lambda: kernels.qk_norm_rope_fwd(*tensors, 1e-5, 1e-5, 0.0, True, 1, False)
+
+
+def qk_norm_rope_bwd(kernels, need_dw):
+    tensors, grad_q, grad_k = qk_norm_rope_inputs(), heads(HEADS), heads(KV_HEADS)
+    rstds = [torch.ones_like(x.select(-1, 0), dtype=torch.float32) for x in tensors[:2]]
+    dq, dk = torch.empty_like(grad_q), torch.empty_like(grad_k)
+    return lambda: kernels.qk_norm_rope_bwd(grad_q, grad_k, *tensors, *rstds, 0.0, True, 1, dq, dk, need_dw, need_dw)
+
+
+def glu_fwd(kernels, activation):
     gate, up = bf16(TOKENS, FEED), bf16(TOKENS, FEED)
-    return lambda: kernels.swiglu_fwd(gate, up)
+    return lambda: kernels.glu_fwd(gate, up, activation)
 
 
-def swiglu_bwd(kernels):
+def glu_bwd(kernels, activation):
     dy, gate, up = bf16(TOKENS, FEED), bf16(TOKENS, FEED), bf16(TOKENS, FEED)
-    return lambda: kernels.swiglu_bwd(dy, gate, up, gate, up)
+    return lambda: kernels.glu_bwd(dy, gate, up, gate, up, activation)
+
+
+def glu_fused_fwd(kernels):
+    gate, up = bf16(TOKENS, 2 * FEED).chunk(2, -1)
+    return lambda: kernels.glu_fwd(gate, up, "silu")
+
+
+def glu_fused_bwd(kernels):
+    dy, (gate, up) = bf16(TOKENS, FEED), bf16(TOKENS, 2 * FEED).chunk(2, -1)
+    return lambda: kernels.glu_bwd(dy, gate, up, gate, up, "silu")
+
+
+def activate_fwd(kernels):
+    x = bf16(TOKENS, FEED)
+    return lambda: kernels.activate_fwd(x, "gelu_tanh")
+
+
+def activate_bwd(kernels):
+    dy, x = bf16(TOKENS, FEED), bf16(TOKENS, FEED)
+    return lambda: kernels.activate_bwd(dy, x, x, "gelu_tanh")
 
 
 HIDDEN_BYTES, FEED_BYTES = 2 * TOKENS * HIDDEN, 2 * TOKENS * FEED
 HEAD_BYTES, TABLE_BYTES = 2 * TOKENS * (HEADS + KV_HEADS) * DIM, 2 * TOKENS * DIM
+RSTD_BYTES = 4 * TOKENS * (HEADS + KV_HEADS)
 # name: (module, one more set of buffers and a call on them, bytes that any implementation must move)
 CASES = {
     "rms_norm fwd": ("rms_norm", rms_norm_fwd, 2 * HIDDEN_BYTES + 2 * HIDDEN + 4 * TOKENS),
@@ -107,10 +158,39 @@ CASES = {
         lambda kernels: rms_norm_bwd(kernels, True),
         3 * HIDDEN_BYTES + 4 * HIDDEN + 4 * TOKENS,
     ),
+    "layer_norm fwd": ("layer_norm", layer_norm_fwd, 2 * HIDDEN_BYTES + 4 * HIDDEN + 8 * TOKENS),
+    "layer_norm bwd, frozen": (
+        "layer_norm",
+        lambda kernels: layer_norm_bwd(kernels, False),
+        3 * HIDDEN_BYTES + 2 * HIDDEN + 8 * TOKENS,
+    ),
+    "layer_norm bwd, trained": (
+        "layer_norm",
+        lambda kernels: layer_norm_bwd(kernels, True),
+        3 * HIDDEN_BYTES + 6 * HIDDEN + 8 * TOKENS,
+    ),
     "rope fwd": ("rope", rope_fwd, 2 * HEAD_BYTES + TABLE_BYTES),
     "rope bwd": ("rope", rope_bwd, 2 * HEAD_BYTES + TABLE_BYTES),
-    "swiglu fwd": ("swiglu", swiglu_fwd, 3 * FEED_BYTES),
-    "swiglu bwd": ("swiglu", swiglu_bwd, 5 * FEED_BYTES),
+    "qk_norm_rope fwd": ("qk_norm_rope", qk_norm_rope_fwd, 2 * HEAD_BYTES + TABLE_BYTES + RSTD_BYTES),
+    "qk_norm_rope bwd, frozen weights": (
+        "qk_norm_rope",
+        lambda kernels: qk_norm_rope_bwd(kernels, False),
+        3 * HEAD_BYTES + TABLE_BYTES + RSTD_BYTES,
+    ),
+    "qk_norm_rope bwd, trained weights": (
+        "qk_norm_rope",
+        lambda kernels: qk_norm_rope_bwd(kernels, True),
+        3 * HEAD_BYTES + TABLE_BYTES + RSTD_BYTES,
+    ),
+    **{
+        f"glu {activation} {way}": ("glu", partial(make, activation=activation), moved * FEED_BYTES)
+        for activation in ("silu", "gelu_tanh", "gelu")
+        for way, make, moved in (("fwd", glu_fwd, 3), ("bwd", glu_bwd, 5))
+    },
+    "glu_fused fwd": ("glu", glu_fused_fwd, 3 * FEED_BYTES),
+    "glu_fused bwd": ("glu", glu_fused_bwd, 5 * FEED_BYTES),
+    "activate gelu_tanh fwd": ("activation", activate_fwd, 2 * FEED_BYTES),
+    "activate gelu_tanh bwd": ("activation", activate_bwd, 3 * FEED_BYTES),
 }
 
 

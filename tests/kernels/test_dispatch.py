@@ -78,7 +78,7 @@ def test_steps_aside_while_tracing():
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own imports warn
 def test_steps_aside_while_compiling():
     def f(x, w):
-        if ops.supports_rms_norm(x, w) or ops.supports_swiglu(x, x) or backend_for(x) is not None:
+        if ops.supports_rms_norm(x, w) or ops.supports_glu(x, x) or backend_for(x) is not None:
             return x
         return x + 1
 

@@ -23,7 +23,20 @@ def test_backend_of_this_process():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is already the interpreter's process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_pass_interpreted():
-    files = [HERE / f"test_{name}.py" for name in ("interpreter", "rms_norm", "rotary", "swiglu")]
+    files = [
+        HERE / f"test_{name}.py"
+        for name in (
+            "interpreter",
+            "rms_norm",
+            "layer_norm",
+            "rotary",
+            "qk_norm_rope",
+            "deferred_norm",
+            "glu",
+            "activate",
+            "forwards_mlp",
+        )
+    ]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
         # No GPU in sight: the tests' tensors are on the CPU and nothing should be set up for one.

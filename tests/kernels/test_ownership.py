@@ -1,6 +1,7 @@
 """The backward reuses memory in the plain case, and in no case that anybody else could notice."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sloth_plugins.patches.kernels import ops, ownership
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter keeps references to what it is given"
 )
+swiglu = partial(ops.glu, activation="silu")
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def run_swiglu(leaf, share=lambda gate, up, y: None, extra=lambda gate: 0.0, **b
     watch, gate, up = Watch(), leaf * 2, leaf * 3
     at = gate.data_ptr()
     watch.gradient_of(gate)
-    y = ops.swiglu(gate, up)
+    y = swiglu(gate, up)
     held = share(gate, up, y)
     loss = (y * 2).sum() + extra(gate)
     del gate, up, y
@@ -58,7 +60,7 @@ def test_plain_case_reuses_gate_and_up(leaf):
 
 def test_second_backward_of_a_kept_graph(leaf):
     gate, up = leaf * 2, leaf * 3
-    loss = (ops.swiglu(gate, up) * 2).sum()
+    loss = (swiglu(gate, up) * 2).sum()
     del gate, up
     (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     (second,) = torch.autograd.grad(loss, leaf)
@@ -102,7 +104,7 @@ def test_gate_that_a_forward_hook_holds(leaf):
     kept = []
     layer = torch.nn.Linear(8, 8)
     layer.register_forward_hook(lambda module, args, out: kept.append(out))
-    loss = (ops.swiglu(layer(leaf), leaf * 3) * 2).sum()
+    loss = (swiglu(layer(leaf), leaf * 3) * 2).sum()
     before = kept[0].detach().clone()
     loss.backward()
     assert torch.equal(kept[0], before)
@@ -116,7 +118,7 @@ def test_gate_that_another_op_saved(leaf):
 
 def test_gate_that_an_earlier_op_saved(leaf):
     gate, up = leaf.exp(), leaf * 3
-    loss = (ops.swiglu(gate, up) * 2).sum()
+    loss = (swiglu(gate, up) * 2).sum()
     del gate, up
     (grad,) = torch.autograd.grad(loss, leaf)
     (expected,) = torch.autograd.grad((torch.nn.functional.silu(leaf.exp()) * (leaf * 3) * 2).sum(), leaf)
@@ -140,7 +142,7 @@ def test_gate_that_retains_its_gradient(leaf):
 
 def test_one_tensor_as_gate_and_up(leaf):
     x = leaf * 2
-    loss = (ops.swiglu(x, x) * 2).sum()
+    loss = (swiglu(x, x) * 2).sum()
     del x
     (grad,) = torch.autograd.grad(loss, leaf)
     (expected,) = torch.autograd.grad((torch.nn.functional.silu(leaf * 2) * (leaf * 2) * 2).sum(), leaf)
@@ -149,7 +151,7 @@ def test_one_tensor_as_gate_and_up(leaf):
 
 def test_leaf_gate_is_never_written():
     gate, up = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
-    before, y = gate.detach().clone(), ops.swiglu(gate, up)
+    before, y = gate.detach().clone(), swiglu(gate, up)
     y.sum().backward()
     assert torch.equal(gate, before)
     assert gate.grad.data_ptr() != gate.data_ptr()
@@ -158,13 +160,13 @@ def test_leaf_gate_is_never_written():
 def test_operand_without_gradient_is_never_written(leaf):
     gate = torch.randn(6, 8)
     before = gate.clone()
-    (ops.swiglu(gate, leaf * 3) * 2).sum().backward()
+    (swiglu(gate, leaf * 3) * 2).sum().backward()
     assert torch.equal(gate, before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_checkpoint(leaf, reentrant):
-    out = checkpoint(lambda x: ops.swiglu(x * 2, x * 3) * 2, leaf, use_reentrant=reentrant)
+    out = checkpoint(lambda x: swiglu(x * 2, x * 3) * 2, leaf, use_reentrant=reentrant)
     out.sum().backward()
     torch.testing.assert_close(leaf.grad, expected_swiglu_grad(leaf))
 
@@ -178,10 +180,38 @@ def test_under_saved_tensors_hooks(leaf):
         return len(kept) - 1
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: kept[i]):
-        loss = (ops.swiglu(leaf * 2, leaf * 3) * 2).sum()
+        loss = (swiglu(leaf * 2, leaf * 3) * 2).sum()
     loss.backward()
     torch.testing.assert_close(leaf.grad, expected_swiglu_grad(leaf))
     assert all(torch.equal(now, then) for now, then in zip(kept, copies, strict=True))
+
+
+ONE_INPUT = {
+    "glu_fused": (ops.glu_fused, lambda x: torch.nn.functional.silu(x[..., :4]) * x[..., 4:]),
+    "activate": (ops.activate, torch.nn.functional.silu),
+}
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("op", "plain"), ONE_INPUT.values(), ids=ONE_INPUT.keys())
+def test_the_one_saved_tensor_is_reused_unless_held(leaf, op, plain, held):
+    watch, x = Watch(), leaf * 2
+    at, kept = x.data_ptr(), x.detach() if held else None
+    watch.gradient_of(x)
+    loss = (op(x, "silu") * 2).sum()
+    del x
+    loss.backward()
+    assert (watch.at == [at]) is not held
+    assert kept is None or torch.equal(kept, leaf.detach() * 2)
+    torch.testing.assert_close(leaf.grad, torch.autograd.grad((plain(leaf * 2) * 2).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize(("op", "plain"), ONE_INPUT.values(), ids=ONE_INPUT.keys())
+def test_the_one_saved_tensor_of_a_kept_graph(leaf, op, plain):
+    loss = (op(leaf * 2, "silu") * 2).sum()
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(first, second)
 
 
 def run_norm(leaf, after=lambda y: y * 2, weight=None):

@@ -30,5 +30,34 @@ def apply_rotary(q, k, cos, sin, unsqueeze_dim=1, keep_dtype=False):
     return tuple(outputs)
 
 
-def swiglu(gate, up):
-    return torch.nn.functional.silu(gate) * up
+def qk_norm_rope(
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    q_eps,
+    k_eps,
+    offset=0.0,
+    cast_before_weight=True,
+    unsqueeze_dim=1,
+    keep_dtype=False,
+):
+    q = rms_norm(q, q_weight, q_eps, offset, cast_before_weight)
+    k = rms_norm(k, k_weight, k_eps, offset, cast_before_weight)
+    return apply_rotary(q, k, cos, sin, unsqueeze_dim, keep_dtype)
+
+
+def activate(x, activation):
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    return torch.nn.functional.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+
+
+def glu(gate, up, activation):
+    return activate(gate, activation) * up
+
+
+def glu_fused(gate_up, activation):
+    return glu(*gate_up.chunk(2, dim=-1), activation)

@@ -219,7 +219,7 @@ def test_a_failure_of_our_own_leaves_training_unharmed(model, capsys, monkeypatc
 
 
 def test_a_named_patch_that_cannot_run_ends_the_process(model, capsys):
-    model.config.hidden_act = "gelu"
+    model.config.hidden_act = "relu"
     sloth_plugins.activate("llama:glu")
     with pytest.raises(SystemExit) as caught:
         prepare(model)

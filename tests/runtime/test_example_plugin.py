@@ -117,8 +117,8 @@ def sloth_patches(architecture):
     if architecture.name == "llama":
         norm = f"{FORWARDS}.rms_norm:cast_before_weight"
         yield Patch(name="no_class", target=f"{LLAMA}:LlamaRMSNrom", replacement=norm)
-        yield Patch(name="no_module", target="transformers.models.lama:Norm", replacement=f"{FORWARDS}.glu:swiglu")
-        yield Patch(name="no_factory", target=f"{LLAMA}:LlamaMLP", replacement=f"{FORWARDS}.glu:swigloo")
+        yield Patch(name="no_module", target="transformers.models.lama:Norm", replacement=f"{FORWARDS}.glu:gated")
+        yield Patch(name="no_factory", target=f"{LLAMA}:LlamaMLP", replacement=f"{FORWARDS}.glu:gatd")
         yield Patch(name="signature", target=f"{LLAMA}:LlamaMLP", replacement="bad_targets:wrong")
         yield Patch(name="factory_raises", target=f"{LLAMA}:LlamaMLP", replacement="bad_targets:raises")
         yield Patch(name="no_within", target=f"{LLAMA}:apply_rotary_pos_emb", replacement=f"{FORWARDS}.rope:promote")
@@ -131,7 +131,7 @@ def test_every_target_that_cannot_be_patched_is_a_reason_in_the_table(tmp_path):
     expected = {
         "no_class": "did you mean 'LlamaRMSNorm'",
         "no_module": "cannot be imported (ModuleNotFoundError",
-        "no_factory": "did you mean 'swiglu'",
+        "no_factory": "did you mean 'gated'",
         "signature": "does not fit the signature",
         "factory_raises": "raised RuntimeError: not here",
         "no_within": "`within` must name the class",

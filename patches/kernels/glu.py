@@ -1,4 +1,4 @@
-"""SwiGLU in Triton: silu(gate) * up in one pass, its backward in another."""
+"""Gated activations in Triton: act(gate) * up in one pass, its backward in another."""
 # Kernels are written in Triton's language, not in typed Python.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
@@ -6,14 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .activation import act, act_grad, walk
 from .dispatch import on_device_of
-from .rows import cdiv, merge_dims, row_offsets, unit_stride
+from .rows import cdiv, row_offsets, unit_stride
 
 
 @triton.jit
-def swiglu_fwd_kernel(
+def glu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, n, blocks, size1, size2, g0, g1, g2, u0, u1, u2, y0, y1, y2,
-    BLOCK: tl.constexpr, NDIM: tl.constexpr,
+    BLOCK: tl.constexpr, NDIM: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One block of one row to a program."""
     pid = tl.program_id(0)
@@ -25,15 +26,16 @@ def swiglu_fwd_kernel(
     y_at = row_offsets(row, size1, size2, y0, y1, y2, NDIM)
     gate = tl.load(gate_ptr + g_at + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + u_at + cols, mask=mask, other=0.0).to(tl.float32)
-    act = (gate / (1.0 + tl.exp(-gate))).to(y_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(y_ptr + y_at + cols, (act * up).to(y_ptr.dtype.element_ty), mask=mask)
+    factor = act(gate, ACTIVATION).to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + y_at + cols, (factor * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def swiglu_bwd_kernel(
+def glu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, blocks, size1, size2,
     g0, g1, g2, u0, u1, u2, y0, y1, y2, dg0, dg1, dg2, du0, du1, du2,
-    BLOCK: tl.constexpr, NDIM: tl.constexpr, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
+    BLOCK: tl.constexpr, NDIM: tl.constexpr, ACTIVATION: tl.constexpr,
+    NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
 ):  # fmt: skip
     """One block of one row; each element is read before it is written, so outputs may be gate and up."""
     pid = tl.program_id(0)
@@ -44,65 +46,60 @@ def swiglu_bwd_kernel(
     y_at = row_offsets(row, size1, size2, y0, y1, y2, NDIM)
     gate = tl.load(gate_ptr + g_at + cols, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + y_at + cols, mask=mask, other=0.0).to(tl.float32)
-    sig = 1.0 / (1.0 + tl.exp(-gate))
     element = gate_ptr.dtype.element_ty
     if NEED_GATE:
         u_at = row_offsets(row, size1, size2, u0, u1, u2, NDIM)
         up = tl.load(up_ptr + u_at + cols, mask=mask, other=0.0).to(tl.float32)
         dact = (dy * up).to(element).to(tl.float32)
-        dgate = dact * (sig * (1.0 + gate * (1.0 - sig)))
+        dgate = dact * act_grad(gate, ACTIVATION)
         dg_at = row_offsets(row, size1, size2, dg0, dg1, dg2, NDIM)
         tl.store(dgate_ptr + dg_at + cols, dgate.to(element), mask=mask)
     if NEED_UP:
-        act = (gate / (1.0 + tl.exp(-gate))).to(element).to(tl.float32)
+        factor = act(gate, ACTIVATION).to(element).to(tl.float32)
         du_at = row_offsets(row, size1, size2, du0, du1, du2, NDIM)
-        tl.store(dup_ptr + du_at + cols, (dy * act).to(element), mask=mask)
+        tl.store(dup_ptr + du_at + cols, (dy * factor).to(element), mask=mask)
 
 
-def _walk(*tensors: torch.Tensor) -> tuple[int, int, int, list[int]] | None:
-    """(row length, rows, NDIM, numbers) common to the tensors; dense tensors of one layout are a single row."""
-    first = tensors[0]
-    n = first.shape[-1]
-    if all(t.is_contiguous() for t in tensors):
-        return first.numel(), 1, 1, [1, 1] + [0] * (3 * len(tensors))
-    if any(n > 1 and t.stride(-1) != 1 for t in tensors):
-        return None
-    merged = merge_dims(first.shape[:-1], [t.stride()[:-1] for t in tensors])
-    return None if merged is None else (n, first.numel() // n, *merged)
-
-
-def swiglu_fwd(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up; same contract as `reference.swiglu_fwd`."""
+def glu_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return act(gate) * up; same contract as `reference.glu_fwd`."""
     gate, up = unit_stride(gate), unit_stride(up)
     y = torch.empty_like(gate)
-    walk = _walk(gate, up, y)
-    if walk is None:
-        return swiglu_fwd(gate.contiguous(), up.contiguous())
-    n, rows, ndim, numbers = walk
+    path = walk(gate, up, y)
+    if path is None:
+        return glu_fwd(gate.contiguous(), up.contiguous(), activation)
+    n, rows, ndim, numbers = path
     blocks = cdiv(n, 2048)
     with on_device_of(gate):
-        swiglu_fwd_kernel[(rows * blocks,)](gate, up, y, n, blocks, *numbers, BLOCK=2048, NDIM=ndim, num_warps=4)
+        glu_fwd_kernel[(rows * blocks,)](
+            gate, up, y, n, blocks, *numbers, BLOCK=2048, NDIM=ndim, ACTIVATION=activation, num_warps=4
+        )
     return y
 
 
-def swiglu_bwd(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, dgate: torch.Tensor | None, dup: torch.Tensor | None
+def glu_bwd(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dgate: torch.Tensor | None,
+    dup: torch.Tensor | None,
+    activation: str,
 ) -> None:
-    """Write the gradients into `dgate` and `dup`; same contract as `reference.swiglu_bwd`."""
+    """Write the gradients into `dgate` and `dup`; same contract as `reference.glu_bwd`."""
     dy, gate, up = unit_stride(dy), unit_stride(gate), unit_stride(up)
     # A gradient nobody asked for is never written; gate and up stand in for its address.
-    walk = _walk(gate, up, dy, gate if dgate is None else dgate, up if dup is None else dup)
-    if walk is None:
+    path = walk(gate, up, dy, gate if dgate is None else dgate, up if dup is None else dup)
+    if path is None:
         flat = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (dgate, dup)]
-        swiglu_bwd(dy.contiguous(), gate.contiguous(), up.contiguous(), *flat)
+        glu_bwd(dy.contiguous(), gate.contiguous(), up.contiguous(), flat[0], flat[1], activation)
         for target, value in zip((dgate, dup), flat, strict=True):
             if target is not None and value is not None:
                 target.copy_(value)
         return
-    n, rows, ndim, numbers = walk
+    n, rows, ndim, numbers = path
     blocks = cdiv(n, 1024)
     with on_device_of(gate):
-        swiglu_bwd_kernel[(rows * blocks,)](
+        glu_bwd_kernel[(rows * blocks,)](
             dy, gate, up, gate if dgate is None else dgate, up if dup is None else dup, n, blocks, *numbers,
-            BLOCK=1024, NDIM=ndim, NEED_GATE=dgate is not None, NEED_UP=dup is not None, num_warps=4,
+            BLOCK=1024, NDIM=ndim, ACTIVATION=activation,
+            NEED_GATE=dgate is not None, NEED_UP=dup is not None, num_warps=4,
         )  # fmt: skip

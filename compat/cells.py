@@ -1,0 +1,344 @@
+"""One cell of the matrix: a patch of one model type on the installed transformers, held to stock in every respect.
+
+`python compat/cells.py OUT.jsonl` runs all cells in this process and appends one JSON line for each; cells that the
+file already holds are not run again.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lock import changed_code
+
+TOGETHER = "all together"
+STEPS = 8
+# Steps of SGD in fp32: two orders of rounding stay this near to each other, another formula does not.
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+
+@dataclass(slots=True)
+class Cell:
+    """A verdict. `failed` names the checks that did not hold; `reason` says it in words, `diff` shows changed code."""
+
+    model_type: str
+    patch: str
+    state: str = "green"
+    reason: str = ""
+    failed: list[str] = field(default_factory=list)
+    diff: str = ""
+    seconds: float = 0.0
+
+    def fail(self, check: str, detail: str) -> None:
+        """Note a check that does not hold."""
+        self.state = "red"
+        self.failed.append(check)
+        self.reason = "; ".join(filter(None, (self.reason, f"{check}: {' '.join(detail.split())[:300]}")))
+
+
+@dataclass(slots=True)
+class Training:
+    """What a training run left: everything that a patch must not change."""
+
+    losses: list[float]
+    gradients: list[dict[str, Any]]
+    checkpoint_calls: list[int]
+    patched: int = 0
+
+
+@contextlib.contextmanager
+def counted_checkpoints() -> Iterator[list[int]]:
+    """Counts calls of torch's checkpoint function, by whatever name upstream has imported it."""
+    import torch.utils.checkpoint
+
+    calls = [0]
+    real = torch.utils.checkpoint.checkpoint
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return real(*args, **kwargs)
+
+    places: list[Any] = [torch.utils.checkpoint]
+    for name in ("transformers.modeling_utils", "transformers.modeling_layers"):
+        module = import_module(name)
+        places += [module] if getattr(module, "checkpoint", None) is real else []
+    for place in places:
+        place.checkpoint = counting
+    try:
+        yield calls
+    finally:
+        for place in places:
+            place.checkpoint = real
+
+
+def lora(model: Any) -> Any:
+    """The model with adapters on all linears, their B not zero, so that every gradient is one."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def train(build: Callable[[], Any], selection: str, *, checkpointing: bool) -> Training:
+    """Eight steps of Trainer with LoRA; `selection` comes in through the seam, as with SLOTH_PLUGINS."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    import sloth_plugins
+    from sloth_plugins.activation import deactivate
+    from sloth_plugins.application import patched_modules
+
+    class Watch(TrainerCallback):  # type: ignore[misc]  # untyped upstream
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            named = given["model"].named_parameters()
+            gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+            calls.append(count[0])
+            count[0] = 0
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
+            if "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    class Exact(Trainer):  # type: ignore[misc]  # untyped upstream
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().compute_loss(*args, **kwargs)
+            exact.append(float((result[0] if isinstance(result, tuple) else result).detach()))
+            return result
+
+    losses: list[float] = []
+    exact: list[float] = []
+    gradients: list[dict[str, Any]] = []
+    calls: list[int] = []
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 88, (13,), generator=generator).tolist() for _ in range(2 * STEPS)]
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    set_seed(1)
+    model = lora(build())
+    with tempfile.TemporaryDirectory() as folder, counted_checkpoints() as count:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            optim="sgd",
+            learning_rate=0.02,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        )
+        if selection:
+            sloth_plugins.activate(selection)
+        try:
+            Exact(model=model, args=arguments, train_dataset=data, callbacks=[Watch()]).train()
+        finally:
+            deactivate()
+    return Training(exact, gradients, calls, sum(1 for _ in patched_modules(model)))
+
+
+def gradient_distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest relative distance of a parameter's gradient; infinite if one is missing."""
+    if found.keys() != expected.keys():
+        return float("inf")
+    whole = sum(float(grad.norm()) ** 2 for grad in expected.values()) ** 0.5
+    # A gradient that is nothing beside the others is rounding.
+    return max(
+        float((grad - expected[name]).norm() / expected[name].norm().clamp_min(1e-4 * whole))
+        for name, grad in found.items()
+    )
+
+
+def compare_training(cell: Cell, found: Training, stock: Training, what: str) -> None:
+    """Same losses, gradients and checkpoint calls, step by step."""
+    if not found.patched:
+        cell.fail("application", f"no module was patched {what}")
+        return
+    worst = max((abs(a - b) / abs(b) for a, b in zip(found.losses, stock.losses, strict=True)), default=float("inf"))
+    if len(found.losses) != STEPS or not worst <= LOSS_TOLERANCE:
+        cell.fail("losses", f"{worst:.1e} from stock {what}")
+    distances = [gradient_distance(a, b) for a, b in zip(found.gradients, stock.gradients, strict=True)]
+    if len(distances) != STEPS or not max(distances) <= GRADIENT_TOLERANCE:
+        cell.fail("gradients", f"{max(distances, default=float('inf')):.1e} from stock {what}")
+    if found.checkpoint_calls != stock.checkpoint_calls:
+        cell.fail("checkpoint calls", f"{found.checkpoint_calls}, stock has {stock.checkpoint_calls} {what}")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_saving(cell: Cell, build: Callable[[], Any], selection: str) -> None:
+    """A patched model saves byte for byte what a stock one saves, and loads as a stock model."""
+    import sloth_plugins
+    from sloth_plugins.application import patched_modules
+
+    stock, model = build(), build()
+    sloth_plugins.patch(model, selection)
+    with tempfile.TemporaryDirectory() as folder:
+        for each, name in ((stock, "stock"), (model, "patched")):
+            each.save_pretrained(Path(folder) / name)
+        if files_of(Path(folder) / "stock") != files_of(Path(folder) / "patched"):
+            cell.fail("save and reload", "a patched model saves other files")
+        loaded = type(stock).from_pretrained(Path(folder) / "patched")
+        if [type(m) for m in loaded.modules()] != [type(m) for m in stock.modules()] or any(patched_modules(loaded)):
+            cell.fail("save and reload", "what is loaded is not a stock model")
+        state, expected = loaded.state_dict(), stock.state_dict()
+        if state.keys() != expected.keys() or any(not tensor.equal(expected[key]) for key, tensor in state.items()):
+            cell.fail("save and reload", "other weights after reloading")
+
+
+def check_revert(cell: Cell, build: Callable[[], Any], selection: str) -> None:
+    """Reverting leaves every object as it was before."""
+    import sloth_plugins
+    from sloth_plugins.testing import anatomy
+
+    model = lora(build())
+    before = anatomy(model)
+    sloth_plugins.patch(model, selection)
+    if anatomy(model) == before:
+        cell.fail("application", "patching changed nothing")
+    sloth_plugins.revert(model)
+    after = anatomy(model)
+    changed = [str(key) for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+    if changed:
+        cell.fail("revert", f"{len(changed)} objects differ, {changed[0]} for one")
+
+
+class Matrix:
+    """The cells of the installed transformers; stock runs are made once for each model type."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from sloth_plugins.discovery import Plugins
+
+        torch.set_num_threads(1)
+        self.plugins = Plugins(load_entry_points=False)
+        self._stock: dict[tuple[str, bool], Training] = {}
+
+    def names(self) -> list[tuple[str, str, str]]:
+        """(architecture, model type, patch) of every cell."""
+        found = []
+        for name, spec in self.plugins.architectures.items():
+            patches = [patch.name for patch in self.plugins.patches(name)]
+            found += [(name, kind, patch) for kind in spec.model_types for patch in (*patches, TOGETHER)]
+        return found
+
+    def stock(self, kind: str, build: Callable[[], Any], checkpointing: bool) -> Training:
+        """The stock run that a model type is held to."""
+        if (kind, checkpointing) not in self._stock:
+            self._stock[kind, checkpointing] = train(build, "", checkpointing=checkpointing)
+        return self._stock[kind, checkpointing]
+
+    def run(self, architecture: str, kind: str, patch: str) -> Cell:
+        """All checks of one cell; the first that cannot be made ends it, the others are all named."""
+        cell, start = Cell(kind, patch), time.monotonic()
+        try:
+            self._run(cell, architecture, kind, patch)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever upstream has become, the cell is red and says so
+            cell.fail("exception", f"{type(error).__name__}: {error}")
+        cell.seconds = round(time.monotonic() - start, 2)
+        return cell
+
+    def _run(self, cell: Cell, architecture: str, kind: str, name: str) -> None:
+        from sloth_plugins.registry import Experimental
+        from sloth_plugins.testing import tiny_model
+
+        spec = self.plugins.architectures[architecture]
+
+        def build() -> Any:
+            return tiny_model(spec, kind)
+
+        patches = self.plugins.patches(architecture)
+        if name == TOGETHER:
+            # By name, so that one that steps aside for code it does not know is an error here.
+            apart = [Cell(kind, patch.name) for patch in patches]
+            names = [c.patch for c, patch in zip(apart, patches, strict=True) if self._resolves(c, spec, kind, patch)]
+        else:
+            patch = next(patch for patch in patches if patch.name == name)
+            if not self._resolves(cell, spec, kind, patch):
+                return
+            if isinstance(patch.status, Experimental):
+                cell.state, cell.reason = "experimental", patch.status.note
+            names = [name]
+        selection = f"{architecture}:{'+'.join(names)}"
+        for checkpointing in (False, True):
+            what = "with checkpointing" if checkpointing else "without checkpointing"
+            stock = self.stock(kind, build, checkpointing)
+            compare_training(cell, train(build, selection, checkpointing=checkpointing), stock, what)
+        check_saving(cell, build, selection)
+        check_revert(cell, build, selection)
+
+    def _resolves(self, cell: Cell, spec: Any, kind: str, patch: Any) -> bool:
+        """Requirements, target, signature and fingerprint; False if there is nothing to train."""
+        from sloth_plugins.environment import probe
+        from sloth_plugins.planning import unmet_condition
+        from sloth_plugins.registry import Skip
+        from sloth_plugins.resolving import bind
+        from sloth_plugins.testing import tiny_config
+
+        config = tiny_config(spec, kind).get_text_config()
+        unmet = unmet_condition(patch, spec, config, probe())
+        if unmet is not None and (unmet.reason == "version" or unmet.reason.startswith("unsupported")):
+            found = f", found {unmet.found}" if unmet.found else ""
+            cell.state, cell.reason = (
+                "unsupported",
+                f"needs {unmet.required}{found}" if unmet.required else unmet.reason,
+            )
+            return False
+        if unmet is not None:
+            cell.fail("config", str(unmet))
+            return False
+        bound = bind(patch)
+        if isinstance(bound, Skip):
+            cell.fail("signature" if "signature" in bound.reason else "target", bound.reason)
+            return False
+        diff = changed_code(patch)
+        if diff is not None:
+            cell.fail("fingerprint", bound.drift or "not in compat/upstream.lock")
+            cell.diff = diff
+        return True
+
+
+def done_cells(file: Path) -> set[tuple[str, str]]:
+    """Cells that a file already holds; a last line that was cut off does not count."""
+    done = set()
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            cell = json.loads(line)
+            done.add((cell["model_type"], cell["patch"]))
+    return done
+
+
+def main(file: Path) -> int:
+    """Run the cells that are not in the file yet."""
+    import logging
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    matrix, done = Matrix(), done_cells(file)
+    if file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n"):
+        file.write_bytes(file.read_bytes().rpartition(b"\n")[0] + b"\n")
+    for architecture, kind, patch in matrix.names():
+        if (kind, patch) not in done:
+            cell = matrix.run(architecture, kind, patch)
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(asdict(cell)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

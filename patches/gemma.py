@@ -1,0 +1,64 @@
+"""Gemma 1, 2 and 3: norms with weight + 1 in fp32, GeGLU, from Gemma 2 on four norms a layer; Gemma 3 norms q and k."""
+
+from collections.abc import Iterator
+
+from sloth_plugins.registry import ArchitectureSpec, hookimpl
+
+from .conventions import TINY, glu, layout, modeling, rms_norm, rope
+
+GEMMA, GEMMA2, GEMMA3 = modeling("gemma"), modeling("gemma2"), modeling("gemma3")
+NORM = {"norm_offset": 1.0, "norm_cast": "after_weight"}
+FOUR_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+WINDOW = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
+ALTERNATING = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@hookimpl
+def sloth_architectures() -> Iterator[ArchitectureSpec]:
+    """Gemma, Gemma 2, and Gemma 3's language model."""
+    yield ArchitectureSpec(
+        name="gemma",
+        family="gemma",
+        model_types=("gemma",),
+        patches=(rms_norm(GEMMA, "Gemma", "offset_one"), rope(GEMMA, "Gemma"), glu(GEMMA, "Gemma")),
+        layout=layout(GEMMA, "Gemma", activation="gelu_tanh", **NORM),
+        tiny={**TINY, "head_dim": 16},
+    )
+    yield ArchitectureSpec(
+        name="gemma2",
+        family="gemma",
+        model_types=("gemma2",),
+        patches=(
+            rms_norm(GEMMA2, "Gemma2", "offset_one"),
+            rope(GEMMA2, "Gemma2"),
+            glu(GEMMA2, "Gemma2", activation="hidden_activation"),
+        ),
+        layout=layout(GEMMA2, "Gemma2", activation="gelu_tanh", **NORM, **FOUR_NORMS, **WINDOW),
+        tiny={**TINY, **ALTERNATING},
+    )
+    yield ArchitectureSpec(
+        name="gemma3",
+        family="gemma",
+        model_types=("gemma3_text",),
+        patches=(
+            rms_norm(GEMMA3, "Gemma3", "offset_one"),
+            rope(GEMMA3, "Gemma3", "promote_after_norm"),
+            glu(GEMMA3, "Gemma3", activation="hidden_activation"),
+        ),
+        layout=layout(
+            GEMMA3,
+            "Gemma3",
+            activation="gelu_tanh",
+            q_norm="self_attn.q_norm",
+            k_norm="self_attn.k_norm",
+            **NORM,
+            **FOUR_NORMS,
+            **WINDOW,
+        ),
+        tiny={**TINY, **ALTERNATING},
+    )

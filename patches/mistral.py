@@ -1,0 +1,26 @@
+"""Mistral: Mistral 7B and Nemo, Ministral; sliding windows, heads whose size is not hidden_size / heads."""
+
+from collections.abc import Iterator
+
+from sloth_plugins.registry import ArchitectureSpec, hookimpl
+
+from .conventions import TINY, glu, layout, modeling, rms_norm, rope
+
+
+def _mistral(name: str, prefix: str) -> ArchitectureSpec:
+    module = modeling(name)
+    return ArchitectureSpec(
+        name=name,
+        family="mistral",
+        model_types=(name,),
+        patches=(rms_norm(module, prefix), rope(module, prefix), glu(module, prefix)),
+        layout=layout(module, prefix, sliding_window="sliding_window"),
+        tiny={**TINY, "head_dim": 16, "sliding_window": 8},
+    )
+
+
+@hookimpl
+def sloth_architectures() -> Iterator[ArchitectureSpec]:
+    """Mistral and Ministral."""
+    yield _mistral("mistral", "Mistral")
+    yield _mistral("ministral", "Ministral")
