@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import on_device_of
-from .rows import cdiv, merge_dims, row_offsets, unit_stride
+from .rows import cdiv, row_offsets, unit_stride, walk
 
 
 @triton.jit
@@ -79,18 +79,6 @@ def activate_bwd_kernel(
     dy = tl.load(dy_ptr + dy_at + cols, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + x_at + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + dx_at + cols, (dy * act_grad(x, ACTIVATION)).to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-def walk(*tensors: torch.Tensor) -> tuple[int, int, int, list[int]] | None:
-    """(row length, rows, NDIM, numbers) common to the tensors; dense tensors of one layout are a single row."""
-    first = tensors[0]
-    n = first.shape[-1]
-    if all(t.is_contiguous() for t in tensors):
-        return first.numel(), 1, 1, [1, 1] + [0] * (3 * len(tensors))
-    if any(n > 1 and t.stride(-1) != 1 for t in tensors):
-        return None
-    merged = merge_dims(first.shape[:-1], [t.stride()[:-1] for t in tensors])
-    return None if merged is None else (n, first.numel() // n, *merged)
 
 
 def activate_fwd(x: torch.Tensor, activation: str) -> torch.Tensor:

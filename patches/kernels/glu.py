@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .activation import act, act_grad, walk
+from .activation import act, act_grad
 from .dispatch import on_device_of
-from .rows import cdiv, row_offsets, unit_stride
+from .rows import cdiv, row_offsets, unit_stride, walk
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .dispatch import multiprocessors, on_device_of
 from .norm_rows import empty_statistic, row_tile, rows_of
+from .partial_sums import sum_parts
 from .rows import cdiv, next_power_of_2, row_offsets, unit_stride
 
 # Longest rows that one program keeps in registers; beyond, it walks the row in blocks and reads it twice.
@@ -197,20 +198,6 @@ def rms_norm_dw_kernel(
     tl.store(dw_ptr + part * N + cols, tl.sum(dw, axis=0), mask=cols < N)
 
 
-@triton.jit
-def rms_norm_dw_sum_kernel(
-    parts_ptr, dw_ptr, n_parts, N: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Add the partial weight gradients in a fixed order."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for start in tl.static_range(0, PARTS, BLOCK_P):
-        parts = start + tl.arange(0, BLOCK_P)
-        mask = (parts < n_parts)[:, None] & (cols < N)[None, :]
-        total += tl.load(parts_ptr + parts[:, None] * N + cols[None, :], mask=mask, other=0.0)
-    tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < N)
-
-
 def rms_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, cast_before_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +289,5 @@ def rms_norm_bwd(
             )  # fmt: skip
         if need_dw:
             dw = torch.empty_like(weight)
-            rms_norm_dw_sum_kernel[(cdiv(n, 16),)](
-                partial, dw, parts, N=n, PARTS=next_power_of_2(parts), BLOCK_P=256, BLOCK_N=16, num_warps=8
-            )
+            sum_parts(partial[None], [dw])
     return dw

@@ -63,3 +63,15 @@ def merge_dims(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last dimension is contiguous, else a contiguous copy."""
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def walk(*tensors: torch.Tensor) -> tuple[int, int, int, list[int]] | None:
+    """(row length, rows, NDIM, numbers) common to the tensors; dense tensors of one layout are a single row."""
+    first = tensors[0]
+    n = first.shape[-1]
+    if all(t.is_contiguous() for t in tensors):
+        return first.numel(), 1, 1, [1, 1] + [0] * (3 * len(tensors))
+    if any(n > 1 and t.stride(-1) != 1 for t in tensors):
+        return None
+    merged = merge_dims(first.shape[:-1], [t.stride()[:-1] for t in tensors])
+    return None if merged is None else (n, first.numel() // n, *merged)

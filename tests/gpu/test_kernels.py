@@ -158,7 +158,7 @@ def test_layer_norm_forward_under_autocast(parameter_dtype, dtype, monkeypatch):
     """Upstream's runs in fp32 there, whatever it is given, and so must the patched one."""
     taken = []
     monkeypatch.setattr(ops, "layer_norm", lambda *args, run=ops.layer_norm: taken.append(args) or run(*args))
-    stock = torch.nn.LayerNorm(64, dtype=parameter_dtype)
+    stock = torch.nn.LayerNorm(64, dtype=parameter_dtype, device="cuda")
     patched = copy.deepcopy(stock)
     patched.forward = types.MethodType(forwards.layer_norm(torch.nn.LayerNorm.forward), patched)
     x = torch.randn(5, 64).to(dtype)
