@@ -11,11 +11,11 @@ from ..kernels import ops
 Forward = Callable[..., torch.Tensor]
 
 
-def _autocast_widens(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    """Whether autocast may change a dtype: on CUDA it runs F.layer_norm on fp32 copies and the result stays fp32."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return False
-    return any(t is not None and t.dtype is not torch.float32 for t in (x, *parameters))
+def _widened(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as autocast hands them on: for F.layer_norm on CUDA fp32 copies, and the result stays fp32."""
+    if tensors[0] is None or tensors[0].device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    return tuple(None if t is None else t.float() for t in tensors)
 
 
 def layer_norm(original: Forward) -> Forward:
@@ -23,13 +23,11 @@ def layer_norm(original: Forward) -> Forward:
 
     @functools.wraps(original)
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight, self.bias
-        if (
-            not ops.supports_layer_norm(input, weight, bias)
-            or self.normalized_shape != input.shape[-1:]
-            or _autocast_widens(input, weight, bias)
-        ):
+        if torch.compiler.is_compiling() or self.normalized_shape != input.shape[-1:]:
             return original(self, input)
-        return ops.layer_norm(input, weight, bias, self.eps)
+        x, weight, bias = _widened(input, self.weight, self.bias)
+        if x is None or not ops.supports_layer_norm(x, weight, bias):
+            return original(self, input)
+        return ops.layer_norm(x, weight, bias, self.eps)
 
     return forward

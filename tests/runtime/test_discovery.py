@@ -203,3 +203,20 @@ def test_a_plan_is_adjusted_in_place(load):
     plan = Plan([PlanItem(architecture="mine", patch=PATCH, selected=True)])
     plugins.adjust_plan(plan, environment)
     assert plan.items == []
+
+
+def test_families_can_be_named_beside_their_architectures():
+    catalogue = Plugins(load_entry_points=False).catalogue()
+    assert {"llama", "mistral", "ministral", "qwen", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3"} <= set(
+        catalogue
+    )
+    assert catalogue["phi"] == ("rms_norm", "rope", "glu", "layer_norm", "mlp")
+    assert catalogue["phi3"] == ("rms_norm", "rope", "glu")
+
+
+def test_a_plugin_adds_to_a_family(load):
+    mine = ArchitectureSpec(name="qwen9", family="qwen", model_types=("qwen9",), patches=(PATCH,))
+    plugins = load(extra=plugin(sloth_architectures=lambda: [mine]))
+    assert messages(plugins) == []
+    assert plugins.catalogue()["qwen"][-1] == "norm"
+    assert plugins.architecture_of(types.SimpleNamespace(model_type="qwen9")).family == "qwen"

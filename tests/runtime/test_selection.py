@@ -150,3 +150,16 @@ def test_every_well_formed_selection_means_what_its_last_matching_term_says(term
         if fnmatchcase("llama", arch) and (not ps or any(fnmatchcase("rope", p) for p in ps)):
             expected = not away
     assert selected(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("qwen", True), ("qwen3", True), ("qwen2", False), ("qwen*:rope", True), ("1,-qwen", False), ("1,-qwen2", True)],
+)
+def test_a_family_or_one_of_its_architectures(text, expected):
+    assert decide(parse(text), "qwen3", "rope", family="qwen").selected is expected
+
+
+def test_a_patch_named_through_its_family_is_named():
+    assert decide(parse("qwen:rope"), "qwen3", "rope", family="qwen").named
+    assert not decide(parse("qwen"), "qwen3", "rope", family="qwen").named
