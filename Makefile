@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 # PY=python3 uses an environment that is already complete, and sets nothing up.
 PY ?= $(abspath $(VENV))/bin/python
 READY := $(if $(filter $(abspath $(VENV))/bin/python,$(PY)),$(VENV)/.ready)
+# Files of tests side by side; not where a GPU is, whose kernels are timed. WORKERS= runs them one by one.
+WORKERS ?= $(if $(wildcard /dev/nvidia0),,-n 2 --dist loadfile)
 PIN ?=
 FRESH ?=
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q
@@ -38,12 +40,13 @@ demo: $(READY)
 	$(PY) -m sloth_plugins demo
 
 test: $(READY)
-	cd tests && $(PY) -m pytest
+	cd tests && $(PY) -m pytest $(WORKERS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m mypy compat/*.py
 
 compat: $(READY)
 	$(PY) compat/run.py $(if $(FRESH),--fresh) $(PIN)

@@ -25,7 +25,7 @@ def _object(path: str) -> tuple[Any, type | None]:
         found = getattr(import_module(module), name, None)
     except ImportError:
         return None, None
-    return (found.forward, found) if isinstance(found, type) else (found, None)
+    return (getattr(found, "forward", None), found) if isinstance(found, type) else (found, None)
 
 
 def pieces(patch: Any) -> Iterator[tuple[str, bool]]:
@@ -82,7 +82,7 @@ def write(by_version: dict[str, dict[str, dict[str, str]]]) -> None:
 
 def changed_code(patch: Any) -> str | None:
     """None if all upstream code of a patch is locked, else a diff to the newest that is."""
-    diffs = []
+    diffs: list[str] = []
     for path, deep in pieces(patch):
         code, known = code_of(path, deep), read()["objects"].get(path, {})
         if code is not None and code["fingerprint"] in known:

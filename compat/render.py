@@ -15,7 +15,7 @@ RESULTS = ROOT / "compat" / "results.json"
 README = ROOT / "README.md"
 SHIPPED = ROOT / "sloth_plugins" / "compatibility.json"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
-SIGNS = {"green": "yes", "experimental": "exp", "unsupported": "-", "red": "NO"}
+SIGNS = {"experimental": "experimental", "unsupported": "without", "red": "BROKEN"}
 
 Results = dict[str, Any]
 
@@ -36,19 +36,26 @@ def counts(results: Results) -> Counter[str]:
     return Counter(state for _, _, states in rows(results) for state in states)
 
 
+def summary(row: dict[str, Any]) -> str:
+    """A model type on one pin: `yes` if all its patches are green, else the exceptions."""
+    words = [f"{SIGNS[cell['state']]} {patch}" for patch, cell in row.items() if cell["state"] != "green"]
+    return ", ".join(words) or "yes"
+
+
 def table(results: Results) -> str:
-    """The README's table: one row for each model type and patch, one column for each pin."""
+    """The README's table: one row for each model type, one column for each pin."""
     heads = [
         f"latest ({pin['versions']['transformers']})" if name == "latest" else name for name, pin in results.items()
     ]
-    lines = [f"| model type | patch | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
-    shown = ""
-    for kind, patch, states in rows(results):
-        signs = " | ".join(SIGNS.get(state, state) for state in states)
-        lines.append(f"| {'' if kind == shown else f'`{kind}`'} | {patch} | {signs} |")
-        shown = kind
+    lines = [f"| model type | patches | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    kinds: dict[str, list[str]] = {}
+    for kind, patch, _ in rows(results):
+        kinds.setdefault(kind, []).append(patch)
+    for kind, patches in kinds.items():
+        cells = " | ".join(summary(pin["cells"].get(kind, {})) for pin in results.values())
+        lines.append(f"| `{kind}` | {', '.join(patches)} | {cells} |")
     found = counts(results)
-    summary = ", ".join(f"{number} {state}" for state, number in sorted(found.items(), key=lambda item: -item[1]))
+    total = ", ".join(f"{number} {state}" for state, number in sorted(found.items(), key=lambda item: -item[1]))
     reasons = dict.fromkeys(
         f"{kind} {patch} {cell['reason'].partition(', found')[0]}"
         for pin in results.values()
@@ -56,7 +63,7 @@ def table(results: Results) -> str:
         for patch, cell in row.items()
         if cell["state"] != "green"
     )
-    notes = [f"{len(rows(results)) * len(results)} cells: {summary}."]
+    notes = [f"{len(rows(results)) * len(results)} cells: {total}."]
     notes += [f"Not green: {'; '.join(reasons)}."] if reasons else []
     return "\n".join([*lines, "", " ".join(notes)])
 
