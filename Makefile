@@ -49,8 +49,7 @@ lint: $(READY)
 	$(PY) -m mypy compat/*.py
 
 compat: $(READY)
-	$(PY) compat/run.py $(if $(FRESH),--fresh) $(PIN)
-	$(PY) compat/render.py
+	$(PY) compat/run.py $(if $(FRESH),--fresh) $(PIN); code=$$?; $(PY) compat/render.py && exit $$code
 
 # What a change must pass: three pins as they are recorded, and nothing stale that is made of the record.
 compat-ci: $(READY)

@@ -6,6 +6,7 @@ file already holds are not run again.
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -332,7 +333,10 @@ def main(file: Path) -> int:
     matrix, done = Matrix(), done_cells(file)
     if file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n"):
         file.write_bytes(file.read_bytes().rpartition(b"\n")[0] + b"\n")
+    parent = os.getppid()
     for architecture, kind, patch in matrix.names():
+        if os.getppid() != parent:
+            return 1  # whoever started this is gone, and may start another that writes to the same file
         if (kind, patch) not in done:
             cell = matrix.run(architecture, kind, patch)
             with file.open("a", encoding="utf-8") as lines:

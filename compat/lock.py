@@ -90,6 +90,8 @@ def changed_code(patch: Any) -> str | None:
         newest = max(known, key=lambda found: max(map(Version, known[found].split()))) if known else ""
         before = read()["sources"].get(newest, [])
         after = code["source"].splitlines() if code is not None else []
+        if code is None and not before:
+            diffs.append(f"{path} is neither here nor in the lock")
         diffs += difflib.unified_diff(before, after, f"{path} {newest}", f"{path} installed", lineterm="")
     return "\n".join(diffs) if diffs else None
 

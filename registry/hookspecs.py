@@ -37,8 +37,8 @@ def sloth_patches(architecture: ArchitectureSpec) -> Iterable[Patch]:  # type: i
 def sloth_architecture_of(config: Any) -> str | None:
     """Name the architecture that covers a model's config, or None to leave it to the others.
 
-    Called once for each model that enters training. The first result is used; the built-in plugin answers last and
-    looks `config.model_type` up.
+    Called for each config that a model holds when it enters training. The first result is used; the built-in plugin
+    answers last and looks `config.model_type` up.
     """
 
 

@@ -68,9 +68,10 @@ class Patch:
     gets the original callable and returns the new one, which must accept every call that the original accepts.
     `formerly` holds other paths under which upstream has had the target; the first path that exists is taken.
     `where` maps config attributes (dotted for nested ones) to the values that the patch is written for. `requires`
-    holds PEP 508 strings. `fingerprints` holds those of the upstream code that the patch is written for, as
-    `sloth_plugins.fingerprint` computes them; with none, any code that fits the signature is patched. A patch with
-    `default=False` runs only when it is selected by name.
+    holds PEP 508 strings. `fingerprints` holds those of the upstream code that the patch is written for, of the target
+    and of the caller, as `sloth_plugins.fingerprint` computes them; with none, code of which the compat matrix has a
+    record must be known to it, and any other that fits the signature is patched. A patch with `default=False` runs only
+    when it is selected by name.
     """
 
     name: str

@@ -120,6 +120,7 @@ def enter(model: Any, is_compiled: bool = False) -> None:
 
 
 def _patch(model: Any, active: Activation, is_compiled: bool) -> None:
+    from .application import patched_modules
     from .discovery import plugins
     from .environment import conflicts
     from .patching import examine, was_patched_by_hand, was_reverted
@@ -132,7 +133,8 @@ def _patch(model: Any, active: Activation, is_compiled: bool) -> None:
     if was_patched_by_hand(model):
         return
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        _say(f"sloth-plugins: {kind} has nothing to train and stays stock")
+        keeps = "keeps the patches that it has" if any(patched_modules(model)) else "stays stock"
+        _say(f"sloth-plugins: {kind} has nothing to train and {keeps}")
         return
     known = plugins()
     report = examine(model, active.selection)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
+from .origin import foreign_layer
+
 DIGITS = 16
 # Present or absent by the version of Python, or without effect on what runs.
 IGNORED = frozenset({"ctx", "type_comment", "type_params", "kind", "annotation", "returns"})
@@ -72,6 +74,7 @@ def _plain(function: Any) -> types.FunctionType | None:
     return function if isinstance(function, types.FunctionType) else None
 
 
+@lru_cache(maxsize=1024)
 def _tree(function: types.FunctionType) -> ast.stmt:
     """The stripped syntax tree. Raises OSError where there is no source, SyntaxError where it cannot be read."""
     source = textwrap.dedent(inspect.getsource(function))
@@ -90,8 +93,12 @@ def _called(function: types.FunctionType, tree: ast.AST, owner: type | None) -> 
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
             found = inspect.getattr_static(owner, node.attr, None) if owner is not None else None
         if isinstance(found, types.FunctionType | staticmethod):
-            plain = _plain(getattr(found, "__func__", found))
+            found = getattr(found, "__func__", found)
+            plain = _plain(found)
             if plain is not None and plain is not function and plain.__module__ == function.__module__:
+                foreign = foreign_layer(found, function.__module__)
+                if foreign is not None:
+                    raise OSError(f"{found.__qualname__} was replaced by {foreign}")
                 yield plain
 
 
@@ -117,20 +124,17 @@ def normalised(function: Callable[..., Any], owner: type | None = None, *, deep:
         return None
 
 
-@lru_cache(maxsize=1024)
-def _fingerprint(plain: types.FunctionType, owner: type | None, deep: bool) -> str | None:
+def fingerprint(function: Callable[..., Any], owner: type | None = None, *, deep: bool = True) -> str | None:
+    """16 hexadecimal digits for a function or a method of `owner`; None where there is no source of upstream's.
+
+    With `deep` they cover what it calls in its own module and class as well.
+    """
+    plain = _plain(function)
+    if plain is None:
+        return None
     try:
         text = "\n".join(map(_canonical, _trees(plain, owner, deep)))
     except (OSError, SyntaxError, ValueError):
         # No source, or one that is not a definition (a lambda): not known, which the caller reports.
         return None
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
-
-
-def fingerprint(function: Callable[..., Any], owner: type | None = None, *, deep: bool = True) -> str | None:
-    """16 hexadecimal digits for a function or a method of `owner`; None where there is no source.
-
-    With `deep` they cover what it calls in its own module and class as well.
-    """
-    plain = _plain(function)
-    return None if plain is None else _fingerprint(plain, owner, deep)

@@ -58,22 +58,28 @@ def load_config(model: str) -> Any:
         raise SlothError(f"--model {model!r}: transformers refuses the config: {reason}") from None
 
 
-def empty_model(config: Any) -> Any:
-    """The model of a config on the meta device: modules without memory."""
-    import torch
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds a language model of a config, else its bare model."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
         if type(config) in auto._model_mapping:
-            try:
-                with torch.device("meta"):
-                    return auto.from_config(config)
-            except Exception as error:  # noqa: BLE001 - a config may be wrong in any way; its reason is passed on
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                raise SlothError(
-                    f"transformers cannot build a {config.model_type} from this config: {reason}"
-                ) from None
+            return auto
     raise SlothError(f"transformers has no model class for model type {config.model_type!r}")
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a config on the meta device: modules without memory."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config)
+    except SlothError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a config may be wrong in any way; its reason is passed on
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SlothError(f"transformers cannot build a {config.model_type} from this config: {reason}") from None
 
 
 def dry_run(model: str, selection: Selection, known: Plugins | None = None) -> Report:

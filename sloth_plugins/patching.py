@@ -81,7 +81,8 @@ def _outcome(item: PlanItem, result: application.Survey | None) -> Outcome:
 
 def _tested(item: PlanItem, territory: Territory, environment: Environment) -> str:
     """The compat matrix's verdict for this patch of this model on the installed transformers."""
-    model_type = territory.configs[item.architecture][0].model_type
+    configs = territory.configs.get(item.architecture, ())
+    model_type = configs[0].model_type if configs else ""
     return verdict(model_type, item.patch.name, environment.versions.get("transformers", "none"))
 
 

@@ -64,6 +64,9 @@ def text(report: Report) -> str:
         rows = [_row(*pair, dry=report.dry) for pair in zip(report.outcomes, labels, strict=True)]
         lines += columns([("patch", "modules", "state", "why"), *rows])
         lines += _verdicts(report.outcomes) if report.dry else []
+    if report.outcomes and all(outcome.state == "off" for outcome in report.outcomes):
+        names = ", ".join(dict.fromkeys(outcome.architecture for outcome in report.outcomes))
+        lines.append(f"  nothing that is selected is for this model, which is {names}; it stays stock")
     for tower in report.towers:
         lines.append(f"  {tower} stays stock")
     if report.unknown:
@@ -79,6 +82,7 @@ def as_json(report: Report) -> str:
     return json.dumps(
         {
             "selection": report.selection,
+            "dry": report.dry,
             "outcomes": [asdict(outcome) for outcome in report.outcomes],
             "unknown": list(report.unknown),
             "towers": list(report.towers),

@@ -132,7 +132,7 @@ def _drift(patch: Patch, path: str, function: Forward, owner: type | None, *, de
     if found in known:
         return None
     name = path.partition(":")[2]
-    return f"{name} has no source to compare" if found is None else f"{name} is not as it was tested ({found})"
+    return f"{name} cannot be compared to what was tested" if found is None else f"{name} is not as tested ({found})"
 
 
 def bind(patch: Patch) -> Binding | Skip:
@@ -160,8 +160,6 @@ def bind(patch: Patch) -> Binding | Skip:
         caller_forward: Forward = caller.forward  # type: ignore[attr-defined]  # `_class` has checked it
         drift = _drift(patch, path, original, None, deep=True)
         drift = drift or _drift(patch, patch.within, caller_forward, caller, deep=False)
-        # A replacement may also have a say in the forward that calls the function, whole.
-        around = getattr(replacement, "around", lambda forward: forward)
-        return Binding(patch, caller, lambda forward: scoped.caller(around(forward), replacement), scoped, drift)
+        return Binding(patch, caller, lambda forward: scoped.caller(forward, replacement), scoped, drift)
     except _Refused as refused:
         return refused.skip

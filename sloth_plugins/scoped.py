@@ -59,16 +59,21 @@ class ScopedFunction:
             setattr(self.owner, self.name, self.original)
 
     def caller(self, original_forward: Function, replacement: Function) -> Function:
-        """`original_forward`, with calls of the function from inside it going to `replacement`."""
-        in_scope = self._replacement
+        """`original_forward`, with calls of the function from inside it going to `replacement`.
+
+        A replacement with an attribute `around`, a function `forward -> forward`, has a say in the whole of it.
+        """
+        in_scope, scoped = self._replacement, self
+        whole: Function = getattr(replacement, "around", lambda forward: forward)(original_forward)
 
         @functools.wraps(original_forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            # Somebody who has set another function since does not call ours, so nothing may be left to it.
+            if torch.compiler.is_compiling() or getattr(scoped.owner, scoped.name) is not scoped.dispatcher:
                 return original_forward(self, *args, **kwargs)
             token = in_scope.set(replacement)
             try:
-                return original_forward(self, *args, **kwargs)
+                return whole(self, *args, **kwargs)
             finally:
                 in_scope.reset(token)
 

@@ -2,7 +2,7 @@
 
 A vision-language model holds a language model, a vision tower and what joins them, each with a config of its own. A
 patch changes only the modules of the architecture that declares it, even where another part is built of the same
-classes.
+classes. A part without a config of its own belongs to what it lies in.
 """
 
 from collections.abc import Iterator
@@ -36,6 +36,13 @@ def _parts_of(config: Any) -> Iterator[tuple[str, Any]]:
             yield name.removesuffix("_config"), value
 
 
+def _all_parts_of(config: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a config, and theirs."""
+    for role, part in _parts_of(config):
+        yield role, part
+        yield from _all_parts_of(part)
+
+
 def survey_territory(model: Any, plugins: Plugins) -> Territory:
     """Ask for the architecture of every config in a model, and give each module to the nearest config above it."""
     territory = Territory()
@@ -63,13 +70,13 @@ def _name_the_rest(territory: Territory, asked: dict[int, tuple[Any, Architectur
     rest = [config for config, spec in asked.values() if spec is None]
     explained: set[int] = set()
     for config in rest:
-        parts = list(_parts_of(config))
+        parts = list(_all_parts_of(config))
         if any(asked.get(id(part), (None, None))[1] is not None for _, part in parts):
             explained.add(id(config))
             for role, part in parts:
                 if id(part) in asked and asked[id(part)][1] is None:
                     explained.add(id(part))
-                    towers[f"{role} tower ({_model_type(part)})"] = None
+                    towers[f"{role} tower ({_model_type(part) or type(part).__name__})"] = None
     for config in rest:
         if id(config) not in explained:
             unknown[str(_model_type(config))] = None

@@ -10,7 +10,7 @@ import torch
 from sloth_plugins.registry import Report
 
 from .errors import SlothError, nearest
-from .inspection import load_config
+from .inspection import auto_class, load_config
 from .patching import examine, revert
 from .report import columns, text
 from .selection import Selection, parse
@@ -60,23 +60,22 @@ def _has_weights(folder: Path) -> bool:
 
 def load_model(model: str, dtype: str, seed: int) -> Any:
     """The model with its weights, or with random ones where the folder holds only a config."""
-    from transformers import AutoModelForCausalLM
-
     if dtype != "auto" and dtype not in DTYPES:
         raise SlothError(
             f"--dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}{nearest(dtype, ['auto', *DTYPES])}"
         )
     config = load_config(model)
+    auto = auto_class(config)
     path = Path(model).expanduser()
     folder = path if path.is_dir() else path.parent
     torch.manual_seed(seed)
     try:
         if path.exists() and not _has_weights(folder):
-            built = AutoModelForCausalLM.from_config(config)
+            built = auto.from_config(config)
             built = built.to(DTYPES.get(dtype, built.dtype))
         else:
             wanted: Any = DTYPES.get(dtype, "auto")
-            built = AutoModelForCausalLM.from_pretrained(model if not path.is_file() else folder, dtype=wanted)
+            built = auto.from_pretrained(model if not path.is_file() else folder, dtype=wanted)
     except Exception as error:  # noqa: BLE001 - damaged files, no language model, no room: the reason is passed on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise SlothError(f"--model {model!r} cannot be loaded as a causal language model: {reason}") from None
@@ -126,6 +125,15 @@ def _truth(model: Any, batch: torch.Tensor, dtype: torch.dtype) -> tuple[str, fl
     return str(wide).removeprefix("torch."), loss, gradients
 
 
+def _text(model: Any, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Random tokens [batch, sequence], none of which stands for a picture or a sound that is not there."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    named = {name: value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
+    media = [value for name, value in named.items() if name[:3] not in ("bos", "eos", "pad") and isinstance(value, int)]
+    allowed = torch.tensor(sorted(set(range(vocabulary)) - set(media)))
+    return allowed[torch.randint(0, len(allowed), shape, generator=generator)]
+
+
 def compare(build: Callable[[], Any], selection: str | Selection, *, tokens: int, seed: int) -> Verdict:
     """Compare a model that `build` makes; it is used up. Dropout is off. Raises `SlothError` if nothing is selected."""
     selection = parse(selection, "selection") if isinstance(selection, str) else selection
@@ -135,8 +143,7 @@ def compare(build: Callable[[], Any], selection: str | Selection, *, tokens: int
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     dtype, device = parameter.dtype, parameter.device
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    batch = torch.randint(0, vocabulary, (2, tokens), generator=generator).to(device)
+    batch = _text(model, (2, tokens), generator).to(device)
     stock_loss, stock = _step(model, batch)
     report = examine(model, selection)
     patched_loss, patched = _step(model, batch)

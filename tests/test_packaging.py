@@ -72,7 +72,9 @@ def test_the_wheel_holds_one_package_and_all_of_it(wheel):
         for top in ("sloth_plugins", "registry", "patches")
         for file in (ROOT / top).rglob("*.py")
     }
-    assert expected | {"sloth_plugins/py.typed", "sloth_plugins/compatibility.json"} == {name for name in names if name.startswith("sloth_plugins/")}
+    assert expected | {"sloth_plugins/py.typed", "sloth_plugins/compatibility.json"} == {
+        name for name in names if name.startswith("sloth_plugins/")
+    }
 
 
 @pytest.mark.slow

@@ -11,11 +11,9 @@ from ..kernels import ops
 Forward = Callable[..., torch.Tensor]
 
 
-def _widened(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors as autocast hands them on: for F.layer_norm on CUDA fp32 copies, and the result stays fp32."""
-    if tensors[0] is None or tensors[0].device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
-        return tensors
-    return tuple(None if t is None else t.float() for t in tensors)
+def _widened(tensor: torch.Tensor | None) -> Any:
+    """A tensor as autocast hands it on: F.layer_norm on CUDA runs on fp32 copies, its result stays so; fp64 is left."""
+    return tensor if tensor is None or tensor.dtype is torch.float64 else tensor.float()
 
 
 def layer_norm(original: Forward) -> Forward:
@@ -25,8 +23,10 @@ def layer_norm(original: Forward) -> Forward:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or self.normalized_shape != input.shape[-1:]:
             return original(self, input)
-        x, weight, bias = _widened(input, self.weight, self.bias)
-        if x is None or not ops.supports_layer_norm(x, weight, bias):
+        x, weight, bias = input, self.weight, self.bias
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x, weight, bias = _widened(x), _widened(weight), _widened(bias)
+        if not ops.supports_layer_norm(x, weight, bias):
             return original(self, input)
         return ops.layer_norm(x, weight, bias, self.eps)
 

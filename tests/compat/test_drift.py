@@ -10,7 +10,7 @@ import transformers.models.gemma3.modeling_gemma3 as gemma3
 import transformers.models.llama.modeling_llama as llama
 
 import sloth_plugins
-from sloth_plugins import application, fingerprint
+from sloth_plugins import application
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -18,9 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(cells, "STEPS", 2)
-    fingerprint._fingerprint.cache_clear()
-    yield
-    fingerprint._fingerprint.cache_clear()
 
 
 @pytest.fixture

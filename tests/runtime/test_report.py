@@ -37,3 +37,8 @@ def test_a_plan_has_the_matrix_verdict_and_a_report_has_not():
     assert "compat matrix: " in plan
     assert plan.splitlines()[-1].endswith("(rms_norm, rope, glu)")
     assert "compat matrix" not in text(sloth_plugins.patch(model("gemma2"), "1"))
+
+
+def test_a_selection_for_another_architecture_is_said():
+    shown = text(sloth_plugins.patch(model("qwen3"), "phi:layer_norm,qwen2:rope"))
+    assert "nothing that is selected is for this model, which is qwen3; it stays stock" in shown

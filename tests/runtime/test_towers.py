@@ -123,3 +123,13 @@ def test_a_norm_of_the_same_class_in_the_vision_tower_stays_stock():
     norms = [m for m in model.modules() if "RMSNorm" in type(m).__name__]
     by_patch = {outcome.patch: outcome for outcome in report.outcomes}
     assert by_patch["rms_norm"].modules == 5 < len(norms)
+
+
+def test_it_can_be_verified(tower, tmp_path):
+    from sloth_plugins.selection import parse
+    from sloth_plugins.verification import verify_model
+
+    build(tower).save_pretrained(tmp_path)
+    verdict = verify_model(str(tmp_path), parse("1"), tokens=33)
+    assert verdict.report.applied
+    assert verdict.passed, verdict.rows[:3]

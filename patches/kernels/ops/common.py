@@ -32,3 +32,8 @@ def kernels_for(op: str, *tensors: torch.Tensor) -> Any:
 def needs_graph(*tensors: torch.Tensor) -> bool:
     """Whether a result of these tensors will be differentiated."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def fits_in_place(grad: torch.Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a gradient's buffer has the layout and dtype that are wanted of the result."""
+    return grad.dtype is dtype and grad.stride() == strides

@@ -7,7 +7,7 @@ import torch
 from ..dispatch import backend_for
 from ..once import differentiable_once
 from ..ownership import exclusively_owned
-from .common import kernels_for, needs_graph
+from .common import fits_in_place, kernels_for, needs_graph
 from .rope import supports_rotary
 
 MAX_DIM = 1024
@@ -39,10 +39,10 @@ class _QKNormRope(torch.autograd.Function):
         dq = dk = None
         # In the layout of q and k, so that undoing the projection's transpose and view costs no copy.
         if need_q and grad_q is not None:
-            reuse = _in_place(grad_q, ctx.strides[0], q.dtype) and exclusively_owned(grad_q, "incoming")
+            reuse = fits_in_place(grad_q, ctx.strides[0], q.dtype) and exclusively_owned(grad_q, "incoming")
             dq = grad_q if reuse else torch.empty_like(q)
         if need_k and grad_k is not None:
-            reuse = _in_place(grad_k, ctx.strides[1], k.dtype) and exclusively_owned(grad_k, "incoming")
+            reuse = fits_in_place(grad_k, ctx.strides[1], k.dtype) and exclusively_owned(grad_k, "incoming")
             dk = grad_k if reuse else torch.empty_like(k)
         dws = ctx.kernels.qk_norm_rope_bwd(
             grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, q_rstd, k_rstd,
@@ -52,10 +52,6 @@ class _QKNormRope(torch.autograd.Function):
 
 
 _qk_norm_rope: Any = _QKNormRope.apply
-
-
-def _in_place(grad: torch.Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> bool:
-    return grad.dtype is dtype and grad.stride() == strides
 
 
 def qk_norm_rope(

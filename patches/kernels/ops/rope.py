@@ -7,7 +7,7 @@ import torch
 from ..dispatch import backend_for
 from ..once import differentiable_once
 from ..ownership import exclusively_owned
-from .common import MAX_ROWS, kernels_for, needs_graph
+from .common import MAX_ROWS, fits_in_place, kernels_for, needs_graph
 
 
 class _Rotary(torch.autograd.Function):
@@ -30,20 +30,16 @@ class _Rotary(torch.autograd.Function):
         dq = dk = None
         # In the layout of q and k, so that undoing the projection's transpose and view costs no copy.
         if need_q and grad_q is not None:
-            reuse = _in_place(grad_q, ctx.strides[0], ctx.dtype) and exclusively_owned(grad_q, "incoming")
+            reuse = fits_in_place(grad_q, ctx.strides[0], ctx.dtype) and exclusively_owned(grad_q, "incoming")
             dq = grad_q if reuse else _empty(grad_q, ctx.strides[0], ctx.dtype)
         if need_k and grad_k is not None:
-            reuse = _in_place(grad_k, ctx.strides[1], ctx.dtype) and exclusively_owned(grad_k, "incoming")
+            reuse = fits_in_place(grad_k, ctx.strides[1], ctx.dtype) and exclusively_owned(grad_k, "incoming")
             dk = grad_k if reuse else _empty(grad_k, ctx.strides[1], ctx.dtype)
         ctx.kernels.rope_bwd(grad_q, grad_k, cos, sin, ctx.dim, dq, dk)
         return None, dq, dk, None, None, None, None
 
 
 _rotary: Any = _Rotary.apply
-
-
-def _in_place(grad: torch.Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> bool:
-    return grad.dtype is dtype and grad.stride() == strides
 
 
 def _empty(grad: torch.Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
