@@ -58,25 +58,27 @@ def load_config(model: str) -> Any:
         raise SlothError(f"--model {model!r}: transformers refuses the config: {reason}") from None
 
 
-def auto_class(config: Any) -> Any:
-    """The class of transformers that builds a language model of a config, else its bare model."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+def language_model_class(config: Any) -> Any | None:
+    """The auto class of transformers that builds a language model of a config, with or without sight; None if none."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel):
-        if type(config) in auto._model_mapping:
-            return auto
-    raise SlothError(f"transformers has no model class for model type {config.model_type!r}")
+    known = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in known if type(config) in auto._model_mapping), None)
 
 
 def empty_model(config: Any) -> Any:
     """The model of a config on the meta device: modules without memory."""
     import torch
+    from transformers import AutoModel
 
+    auto = language_model_class(config)
+    if auto is None and type(config) in AutoModel._model_mapping:
+        auto = AutoModel
+    if auto is None:
+        raise SlothError(f"transformers has no model class for model type {config.model_type!r}")
     try:
         with torch.device("meta"):
-            return auto_class(config).from_config(config)
-    except SlothError:
-        raise
+            return auto.from_config(config)
     except Exception as error:  # noqa: BLE001 - a config may be wrong in any way; its reason is passed on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise SlothError(f"transformers cannot build a {config.model_type} from this config: {reason}") from None

@@ -10,7 +10,7 @@ import torch
 from sloth_plugins.registry import Report
 
 from .errors import SlothError, nearest
-from .inspection import auto_class, load_config
+from .inspection import language_model_class, load_config
 from .patching import examine, revert
 from .report import columns, text
 from .selection import Selection, parse
@@ -65,7 +65,9 @@ def load_model(model: str, dtype: str, seed: int) -> Any:
             f"--dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}{nearest(dtype, ['auto', *DTYPES])}"
         )
     config = load_config(model)
-    auto = auto_class(config)
+    auto = language_model_class(config)
+    if auto is None:
+        raise SlothError(f"--model {model!r}: transformers has no language model of model type {config.model_type!r}")
     path = Path(model).expanduser()
     folder = path if path.is_dir() else path.parent
     torch.manual_seed(seed)
@@ -78,7 +80,7 @@ def load_model(model: str, dtype: str, seed: int) -> Any:
             built = auto.from_pretrained(model if not path.is_file() else folder, dtype=wanted)
     except Exception as error:  # noqa: BLE001 - damaged files, no language model, no room: the reason is passed on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise SlothError(f"--model {model!r} cannot be loaded as a causal language model: {reason}") from None
+        raise SlothError(f"--model {model!r} cannot be loaded as a language model: {reason}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return built if getattr(built, "hf_device_map", None) else built.to(device)
 
