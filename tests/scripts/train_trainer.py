@@ -20,3 +20,5 @@ trainer = Trainer(
 )
 trainer.train()
 write(args.losses, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+# Closes the process group: torch may abort a process that ends with gloo's threads still running.
+trainer.accelerator.end_training()
