@@ -104,18 +104,13 @@ def train(build: Callable[[], Any], selection: str, *, checkpointing: bool) -> T
             calls.append(count[0])
             count[0] = 0
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
-            if "loss" in logs:
-                losses.append(float(logs["loss"]))
-
     class Exact(Trainer):  # type: ignore[misc]  # untyped upstream
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             result = super().compute_loss(*args, **kwargs)
-            exact.append(float((result[0] if isinstance(result, tuple) else result).detach()))
+            losses.append(float((result[0] if isinstance(result, tuple) else result).detach()))
             return result
 
     losses: list[float] = []
-    exact: list[float] = []
     gradients: list[dict[str, Any]] = []
     calls: list[int] = []
     generator = torch.Generator().manual_seed(3)
@@ -144,7 +139,7 @@ def train(build: Callable[[], Any], selection: str, *, checkpointing: bool) -> T
             Exact(model=model, args=arguments, train_dataset=data, callbacks=[Watch()]).train()
         finally:
             deactivate()
-    return Training(exact, gradients, calls, sum(1 for _ in patched_modules(model)))
+    return Training(losses, gradients, calls, sum(1 for _ in patched_modules(model)))
 
 
 def gradient_distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
@@ -216,6 +211,15 @@ def check_revert(cell: Cell, build: Callable[[], Any], selection: str) -> None:
         cell.fail("revert", f"{len(changed)} objects differ, {changed[0]} for one")
 
 
+def cell_names(plugins: Any) -> list[tuple[str, str, str]]:
+    """(architecture, model type, patch) of every cell. Needs no torch."""
+    found = []
+    for name, spec in plugins.architectures.items():
+        patches = [patch.name for patch in plugins.patches(name)]
+        found += [(name, kind, patch) for kind in spec.model_types for patch in (*patches, TOGETHER)]
+    return found
+
+
 class Matrix:
     """The cells of the installed transformers; stock runs are made once for each model type."""
 
@@ -230,11 +234,7 @@ class Matrix:
 
     def names(self) -> list[tuple[str, str, str]]:
         """(architecture, model type, patch) of every cell."""
-        found = []
-        for name, spec in self.plugins.architectures.items():
-            patches = [patch.name for patch in self.plugins.patches(name)]
-            found += [(name, kind, patch) for kind in spec.model_types for patch in (*patches, TOGETHER)]
-        return found
+        return cell_names(self.plugins)
 
     def stock(self, kind: str, build: Callable[[], Any], checkpointing: bool) -> Training:
         """The stock run that a model type is held to."""
@@ -312,14 +312,14 @@ class Matrix:
         return True
 
 
-def done_cells(file: Path) -> set[tuple[str, str]]:
-    """Cells that a file already holds; a last line that was cut off does not count."""
-    done = set()
+def read_cells(file: Path) -> list[dict[str, Any]]:
+    """The cells that a file holds; a line that is just being written, or was cut off, does not count."""
+    cells = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
             cell = json.loads(line)
-            done.add((cell["model_type"], cell["patch"]))
-    return done
+            cells[cell["model_type"], cell["patch"]] = cell
+    return list(cells.values())
 
 
 def main(file: Path) -> int:
@@ -330,7 +330,7 @@ def main(file: Path) -> int:
 
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    matrix, done = Matrix(), done_cells(file)
+    matrix, done = Matrix(), {(cell["model_type"], cell["patch"]) for cell in read_cells(file)}
     if file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n"):
         file.write_bytes(file.read_bytes().rpartition(b"\n")[0] + b"\n")
     parent = os.getppid()

@@ -19,6 +19,7 @@ from typing import Any
 
 import lock
 import overlays
+from cells import cell_names, read_cells
 from overlays import BUILD, ROOT, OverlayError, Pin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -40,27 +41,9 @@ def workers() -> int:
 
 def expected_cells() -> int:
     """How many cells a pin has."""
-    from cells import TOGETHER
-
     from sloth_plugins.discovery import Plugins
 
-    plugins = Plugins(load_entry_points=False)
-    return sum(
-        len(spec.model_types) * len((*plugins.patches(name), TOGETHER)) for name, spec in plugins.architectures.items()
-    )
-
-
-def read_cells(file: Path) -> list[Result]:
-    """The finished cells of a pin."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    cells = {}
-    for line in lines:
-        try:
-            cell = json.loads(line)
-        except ValueError:
-            continue  # the line that is just being written
-        cells[cell["model_type"], cell["patch"]] = cell
-    return list(cells.values())
+    return len(cell_names(Plugins(load_entry_points=False)))
 
 
 def run_pin(name: str, pin: Pin, own: Path, key: str, fresh: bool, progress: Progress) -> Result:

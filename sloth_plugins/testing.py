@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from sloth_plugins.registry import ArchitectureSpec
 
+from .inspection import language_model_class
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,11 +28,10 @@ def tiny_config(spec: ArchitectureSpec, model_type: str, **changes: Any) -> Any:
 def tiny_model(spec: ArchitectureSpec, model_type: str, *, seed: int = 0, **changes: Any) -> "torch.nn.Module":
     """A model of `spec.tiny` with random weights, in fp32 on the CPU."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = tiny_config(spec, model_type, **changes)
-    auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
     torch.manual_seed(seed)
+    auto: Any = language_model_class(config)
     model: torch.nn.Module = auto.from_config(config)
     return model
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import sloth_plugins
 from sloth_plugins.application import patched
 from sloth_plugins.patches.conventions import TINY
+from sloth_plugins.patches.qwen import MROPE, TINY_VL_VISION
 
 SLOTH = [sys.executable, "-c", "from sloth_plugins.cli import main; main()"]
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -18,8 +19,6 @@ IMAGE = 95
 HEADS = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 CLIP = {**VISION, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 32}
 SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8}
-QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
-MROPE = {"rope_type": "default", "type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
 LLAVA = {"vision_config": CLIP, "image_token_index": IMAGE, "vision_feature_layer": -1}
 # name: (family, its settings, what the report calls the tower, how many image tokens a picture of 16x16 makes)
 TOWERS = {
@@ -41,7 +40,7 @@ TOWERS = {
         "qwen2_5_vl",
         {
             "text_config": {**TINY, "rope_scaling": MROPE, "rope_parameters": MROPE},
-            "vision_config": QWEN_VISION,
+            "vision_config": TINY_VL_VISION,
             "image_token_id": IMAGE,
         },
         0,
