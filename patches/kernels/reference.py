@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from .ops.vocab_rows import LogitShape, RowStatistics
+
 Tensor = torch.Tensor
 
 
@@ -265,3 +267,86 @@ def layer_norm_bwd(
     if dx is not None:
         g = dy32 if weight is None else dy32 * weight.float()
         dx.copy_(r * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)))
+
+
+def _logits(y: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor | None]:
+    """Logits z of projections y in fp32 (fp64 stays), and the tanh of their softcap."""
+    z = (y if y.dtype is torch.float64 else y.float()) * shape.pre
+    if shape.cap is None:
+        return z * shape.post, None
+    t = torch.tanh(z / shape.cap)
+    return t * (shape.cap * shape.post), t
+
+
+def log_probs(
+    y: Tensor, targets: Tensor, out: RowStatistics, shape: LogitShape, smoothing: float, weight: float | None
+) -> None:
+    """Fill `out` from projections y [n, V] and targets [n]; with a weight, y becomes weight * d log_probs / dy."""
+    z, t = _logits(y, shape)
+    top = z.amax(-1, keepdim=True)
+    # As log_softmax has it, a row with +inf or of -inf alone is NaN; torch.logsumexp has it otherwise.
+    lse = (z - top).exp_().sum(-1).log_().add_(top.squeeze(-1))
+    chosen = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    out.log_sum_exp.copy_(lse)
+    log_probs = (chosen - lse) * (1.0 - smoothing)
+    if smoothing > 0.0:
+        log_probs = log_probs + smoothing * (z.mean(-1) - lse)
+    out.log_probs.copy_(log_probs)
+    if out.mean_logits is not None:
+        out.mean_logits.copy_(z.mean(-1))
+    if out.is_top1 is not None:
+        out.is_top1.copy_(z.argmax(-1) == targets)
+    log_p = z.sub_(lse.unsqueeze(-1))
+    if out.log_sum_sq_probs is not None:
+        out.log_sum_sq_probs.copy_(torch.logsumexp(2.0 * log_p, -1))
+    if out.entropy is not None:
+        p = log_p.exp()
+        out.entropy.copy_(-torch.where(p == 0.0, 0.0, p * log_p).sum(-1))
+    if weight is not None:
+        ones = torch.full_like(lse, weight)
+        _write_gradient(y, targets, log_p, t, ones, None, None, shape, smoothing)
+
+
+def log_probs_gradient(
+    y: Tensor,
+    targets: Tensor,
+    log_sum_exp: Tensor,
+    entropy: Tensor | None,
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
+    shape: LogitShape,
+    smoothing: float,
+    weight: float,
+) -> None:
+    """Overwrite projections y [n, V] with weight * the gradient of sum(grad * log_probs + grad_entropy * entropy)."""
+    z, t = _logits(y, shape)
+    log_p = z.sub_(log_sum_exp.unsqueeze(-1))
+    grad = None if grad is None else grad * weight
+    grad_entropy = None if grad_entropy is None else grad_entropy * weight
+    _write_gradient(y, targets, log_p, t, grad, entropy, grad_entropy, shape, smoothing)
+
+
+def _write_gradient(
+    y: Tensor,
+    targets: Tensor,
+    log_p: Tensor,
+    t: Tensor | None,
+    grad: Tensor | None,
+    entropy: Tensor | None,
+    grad_entropy: Tensor | None,
+    shape: LogitShape,
+    smoothing: float,
+) -> None:
+    """d log_probs / dz = (1 - e) [j = target] + e / V - p; d entropy / dz = -p (log p + entropy)."""
+    p = log_p.exp()
+    slope = torch.zeros_like(p)
+    if grad_entropy is not None and entropy is not None:
+        slope -= grad_entropy.unsqueeze(-1) * torch.where(p == 0.0, 0.0, p * (log_p + entropy.unsqueeze(-1)))
+    if grad is not None:
+        toward = p.neg_().add_(smoothing / p.shape[-1])
+        toward.scatter_add_(-1, targets.unsqueeze(-1), torch.full_like(toward[:, :1], 1.0 - smoothing))
+        slope += grad.unsqueeze(-1) * toward
+    slope *= shape.pre * shape.post
+    if t is not None:
+        slope *= 1.0 - t * t
+    y.copy_(slope)

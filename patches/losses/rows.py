@@ -1,0 +1,80 @@
+"""Which rows of hidden states count, and how many of them are projected at a time."""
+
+from dataclasses import dataclass
+
+import torch
+
+MIB = 2**20
+TILE_BYTES = 256 * MIB
+"""Of a chunk's projections on a GPU, unless that were fewer than `TILE_ROWS` rows."""
+TILE_ROWS = 1024
+MOST_BYTES = 544 * MIB
+CPU_TILE_BYTES = 16 * MIB
+
+
+def tile_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, trained: bool) -> int:
+    """How many rows make a chunk.
+
+    Few rows keep the products from filling the GPU. Where the head is trained, each chunk also reads and writes the
+    sum of its gradients, 4 bytes an element, so chunks are four times as large.
+    """
+    row = max(1, vocabulary * dtype.itemsize)
+    if device.type == "cpu":
+        return max(1, CPU_TILE_BYTES // row)
+    rows = min(max(TILE_ROWS, TILE_BYTES // row), max(1, MOST_BYTES // row))
+    rows *= 4 if trained else 1
+    return rows // 128 * 128 if rows > 128 else rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The `count` of `total` rows that count: `targets` [count], and their places `index` [count], None for all."""
+
+    total: int
+    count: int
+    targets: torch.Tensor
+    index: torch.Tensor | None
+
+    def take(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """The hidden states [n, H] of a chunk."""
+        return hidden[chunk] if self.index is None else hidden.index_select(0, self.index[chunk])
+
+    def room(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a gradient [N, H], zero where rows do not count."""
+        make = torch.empty if self.index is None else torch.zeros
+        return make(hidden.shape, dtype=dtype, device=hidden.device)
+
+    def put(self, out: torch.Tensor, chunk: slice, y: torch.Tensor, weight: torch.Tensor) -> None:
+        """Write y @ weight into the rows of a chunk."""
+        if self.index is None:
+            torch.mm(y, weight, out=out[chunk])
+        else:
+            out.index_copy_(0, self.index[chunk], torch.mm(y, weight))
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [count] in their places among [total], 0 elsewhere; differentiable."""
+        if self.index is None:
+            return values
+        return values.new_zeros(self.total).index_put((self.index,), values)
+
+
+def select_rows(targets: torch.Tensor, vocabulary: int, ignore_index: int) -> Rows:
+    """Rows whose target is not `ignore_index`. Raises IndexError for a target outside the vocabulary.
+
+    The host waits for the device once, for three numbers.
+    """
+    total = targets.shape[0]
+    if not total:
+        return Rows(0, 0, targets, None)
+    kept = targets != ignore_index
+    known = torch.where(kept, targets, 0)
+    count, low, high = torch.stack((kept.sum(), known.amin(), known.amax())).tolist()
+    if low < 0 or high >= vocabulary:
+        raise IndexError(
+            f"target {low if low < 0 else high} is out of bounds: the vocabulary has {vocabulary} tokens, "
+            f"and only {ignore_index} is ignored"
+        )
+    if count == total:
+        return Rows(total, count, targets, None)
+    index = (~kept).to(torch.uint8).argsort(stable=True)[:count]
+    return Rows(total, count, targets[index], index)

@@ -1,0 +1,3 @@
+"""Fixtures of this folder."""
+
+from tiny_llama import model as model
