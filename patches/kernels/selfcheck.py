@@ -15,6 +15,7 @@ from . import reference
 from .dispatch import backend_for
 from .ops import activate, apply_rotary, glu, glu_fused, layer_norm, qk_norm_rope, rms_norm
 from .ops.activation import ACTIVATIONS
+from .ops.vocab_rows import LogitShape, RowStatistics, rows_implementation
 
 EPS = 1e-6
 Tensors = list[torch.Tensor]
@@ -98,12 +99,28 @@ def _activate(draw: Callable[..., torch.Tensor], activation: str) -> tuple[Tenso
     return found, [reference.activate_fwd(x, activation), dx]
 
 
+def _log_probs(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    y = draw(11, 1000).detach()
+    targets = torch.arange(11, device=y.device) * 90
+    results = []
+    for module in (rows_implementation(y), reference):
+        out = RowStatistics.empty(11, ("entropy",), y, torch.float32)
+        slope, again = y.clone(), y.clone()
+        module.log_probs(slope, targets, out, LogitShape(cap=5.0), 0.1, 1.0)
+        grads = out.log_sum_exp, out.entropy, out.log_probs, out.entropy
+        module.log_probs_gradient(again, targets, *grads, LogitShape(cap=5.0), 0.1, 1.0)
+        assert out.entropy is not None, "asked for"
+        results.append([out.log_probs, out.entropy, slope, again])
+    return results[0], results[1]
+
+
 KERNELS: dict[str, Check] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "rope": _rope,
     "qk_norm_rope": _qk_norm_rope,
     "glu_fused": _glu_fused,
+    "log_probs": _log_probs,
     **{f"glu {name}": functools.partial(_glu, activation=name) for name in ACTIVATIONS},
     **{f"activate {name}": functools.partial(_activate, activation=name) for name in ACTIVATIONS},
 }

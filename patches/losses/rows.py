@@ -63,7 +63,7 @@ def select_rows(targets: torch.Tensor, vocabulary: int, ignore_index: int) -> Ro
 
     The host waits for the device once, for three numbers.
     """
-    total = targets.shape[0]
+    targets, total = targets.contiguous(), targets.shape[0]
     if not total:
         return Rows(0, 0, targets, None)
     kept = targets != ignore_index

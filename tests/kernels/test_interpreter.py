@@ -35,6 +35,7 @@ def test_kernels_pass_interpreted():
             "glu",
             "activate",
             "forwards_mlp",
+            "log_probs",
         )
     ]
     child = subprocess.run(
