@@ -29,13 +29,18 @@ def _tanh(u):
 
 @triton.jit
 def _logit(y, pre, cap, post, HAS_CAP: tl.constexpr):
-    """The logit of a projection, and the tanh of its softcap (0 without one)."""
+    """The logit of a projection."""
     z = y * pre
-    t = tl.zeros_like(z)
     if HAS_CAP:
-        t = _tanh(z / cap)
-        z = cap * t
-    return z * post, t
+        z = cap * _tanh(z / cap)
+    return z * post
+
+
+@triton.jit
+def _cap_slope(y, pre, cap):
+    """The derivative of cap * tanh(u / cap) at u = pre * y."""
+    t = _tanh(y * pre / cap)
+    return 1.0 - t * t
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def log_probs_kernel(
     y_row = y_ptr + row.to(tl.int64) * stride
     target = tl.load(target_ptr + row).to(tl.int32)
     columns = tl.arange(0, BLOCK)
-    chosen, _ = _logit(tl.load(y_row + target).to(tl.float32), pre, cap, post, HAS_CAP)
+    chosen = _logit(tl.load(y_row + target).to(tl.float32), pre, cap, post, HAS_CAP)
     top = float("-inf")
     sums = tl.zeros((BLOCK,), tl.float32)
     totals = tl.zeros((BLOCK,), tl.float32)
@@ -61,11 +66,12 @@ def log_probs_kernel(
         at = start + columns
         mask = at < vocabulary
         y = tl.load(y_row + at, mask=mask, other=0.0).to(tl.float32)
-        z, _ = _logit(y, pre, cap, post, HAS_CAP)
+        z = _logit(y, pre, cap, post, HAS_CAP)
         if HAS_SUM:
             totals += tl.where(mask, z, 0.0)
         if HAS_TOP1:
-            beaten |= (mask & ((z > chosen) | ((z == chosen) & (at < target)))).to(tl.int32)
+            # The target's own logit, computed again, may differ from `chosen` in the last bit.
+            beaten |= (mask & (at != target) & ((z > chosen) | ((z == chosen) & (at < target)))).to(tl.int32)
         z = tl.where(mask, z * LOG2E, float("-inf"))
         higher = tl.maximum(top, tl.max(z, axis=0))
         # While all is -inf, any finite number keeps the differences from being NaN.
@@ -102,11 +108,11 @@ def log_probs_kernel(
             at = start + columns
             mask = at < vocabulary
             y = tl.load(y_row + at, mask=mask, other=0.0).to(tl.float32)
-            z, t = _logit(y, pre, cap, post, HAS_CAP)
+            z = _logit(y, pre, cap, post, HAS_CAP)
             slope = tl.where(at == target, 1.0 - smoothing, 0.0) + spread - tl.exp2(z * LOG2E - lse2)
             slope = slope * scale
             if HAS_CAP:
-                slope = slope * (1.0 - t * t)
+                slope = slope * _cap_slope(y, pre, cap)
             tl.store(y_row + at, slope.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -121,8 +127,8 @@ def gradient_kernel(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < vocabulary
     y_at = y_ptr + row.to(tl.int64) * stride + at
-    z, t = _logit(tl.load(y_at, mask=mask, other=0.0).to(tl.float32), pre, cap, post, HAS_CAP)
-    log_p = z - tl.load(lse_ptr + row)
+    y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    log_p = _logit(y, pre, cap, post, HAS_CAP) - tl.load(lse_ptr + row)
     p = tl.exp2(log_p * LOG2E)
     slope = tl.zeros((BLOCK,), tl.float32)
     if HAS_GRAD:
@@ -134,7 +140,7 @@ def gradient_kernel(
         slope -= tl.load(grad_entropy_ptr + row) * lack
     slope = slope * (weight * pre * post)
     if HAS_CAP:
-        slope = slope * (1.0 - t * t)
+        slope = slope * _cap_slope(y, pre, cap)
     tl.store(y_at, slope.to(y_ptr.dtype.element_ty), mask=mask)
 
 

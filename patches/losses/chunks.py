@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.ops.vocab_rows import LogitShape, RowStatistics, rows_implementation
+from .products import add_wide_product, wide_product
+from .row_gradients import RowGradients
 from .rows import Rows, tile_rows
 
 Wants = tuple[bool, bool, bool]
@@ -31,9 +33,12 @@ class Task:
 
 @dataclass(slots=True)
 class Gradients:
-    """What a pass over the chunks gathers: D [N, H], dW [V, H] and db [V], each None where it is not wanted."""
+    """What a pass over the chunks gathers: D [N, H], dW [V, H] and db [V], each None where it is not wanted.
 
-    hidden: torch.Tensor | None = None
+    The last two are in fp32 at least.
+    """
+
+    hidden: RowGradients | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
@@ -49,7 +54,7 @@ def run(
     """All chunks once. `wants` says which gradients of the sum of log-probabilities are formed, times `task.unit`."""
     wide = torch.float64 if task.dtype is torch.float64 else torch.float32
     found = RowStatistics.empty(task.rows.count, task.outputs, hidden, wide)
-    gradients = Gradients()
+    gradients = _room(task, wants, hidden, weight, bias)
     for chunk, h, y, w in _projections(task, hidden, weight, bias, trained=wants[1]):
         rows_implementation(y).log_probs(
             y,
@@ -59,7 +64,7 @@ def run(
             task.smoothing,
             task.unit if any(wants) else None,
         )
-        _gather(task, gradients, wants, chunk, h, y, w, hidden)
+        _gather(gradients, wants, chunk, h, y, w)
     return found, gradients
 
 
@@ -74,7 +79,7 @@ def run_again(
     wants: Wants,
 ) -> Gradients:
     """All chunks in the backward: `found` are log-sum-exp and entropy, `grads` those of log-probability and entropy."""
-    gradients = Gradients()
+    gradients = _room(task, wants, hidden, weight, bias)
     lse, entropy = found
     grad, grad_entropy = (None if item is None else item.to(lse.dtype).contiguous() for item in grads)
     for chunk, h, y, w in _projections(task, hidden, weight, bias, trained=wants[1]):
@@ -82,7 +87,7 @@ def run_again(
         rows_implementation(y).log_probs_gradient(
             y, task.rows.targets[chunk], lse[chunk], *part, task.shape, task.smoothing, 1.0
         )
-        _gather(task, gradients, wants, chunk, h, y, w, hidden)
+        _gather(gradients, wants, chunk, h, y, w)
     return gradients
 
 
@@ -91,7 +96,7 @@ def _projections(
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Chunk, its hidden states, its projections in a buffer that all chunks share, and the weight; in `task.dtype`."""
     vocabulary, count = weight.shape[0], task.rows.count
-    size = min(count, tile_rows(vocabulary, task.dtype, hidden.device, trained=trained))
+    size = min(count, tile_rows(count, vocabulary, task.dtype, hidden.device, trained=trained))
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.detach().to(task.dtype)
         b = None if bias is None else bias.detach().to(task.dtype)
@@ -107,40 +112,26 @@ def _projections(
             yield chunk, h, y, w
 
 
+def _room(task: Task, wants: Wants, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Gradients:
+    """Gradients to gather into; zeros where there is nothing to gather."""
+    made = Gradients(RowGradients(task.rows, hidden, task.dtype) if wants[0] else None)
+    if not task.rows.count:
+        made.weight = torch.zeros_like(weight) if wants[1] else None
+        made.bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
+    return made
+
+
 def _gather(
-    task: Task,
-    gradients: Gradients,
-    wants: Wants,
-    chunk: slice,
-    h: torch.Tensor,
-    y: torch.Tensor,
-    w: torch.Tensor,
-    hidden: torch.Tensor,
+    gradients: Gradients, wants: Wants, chunk: slice, h: torch.Tensor, y: torch.Tensor, w: torch.Tensor
 ) -> None:
     """Turn the gradient of a chunk's projections into those of its rows and of the head."""
-    if wants[0]:
-        if gradients.hidden is None:
-            gradients.hidden = task.rows.room(hidden, task.dtype)
-        task.rows.put(gradients.hidden, chunk, y, w)
-    is_all = chunk.start == 0 and chunk.stop == task.rows.count
+    if gradients.hidden is not None:
+        gradients.hidden.put(chunk, y, w)
     if wants[1]:
-        gradients.weight = torch.mm(y.t(), h) if is_all else _add_product(gradients.weight, y, h)
+        if gradients.weight is None:
+            gradients.weight = wide_product(y.t(), h)
+        else:
+            add_wide_product(gradients.weight, y.t(), h)
     if wants[2]:
-        wide = torch.promote_types(y.dtype, torch.float32)
-        column = y.sum(0, dtype=wide)
+        column = y.sum(0, dtype=torch.promote_types(y.dtype, torch.float32))
         gradients.bias = column if gradients.bias is None else gradients.bias.add_(column)
-
-
-def _add_product(total: torch.Tensor | None, y: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """total [V, H] + y^T h in fp32, without rounding the product first."""
-    narrow = y.dtype in (torch.float16, torch.bfloat16)
-    if total is None:
-        dtype = torch.float32 if narrow else y.dtype
-        total = torch.zeros(y.shape[1], h.shape[1], dtype=dtype, device=y.device)
-    if narrow and y.is_cuda:
-        torch.addmm(total, y.t(), h, out_dtype=torch.float32, out=total)
-    elif narrow:
-        total.addmm_(y.t().float(), h.float())
-    else:
-        total.addmm_(y.t(), h)
-    return total

@@ -19,7 +19,8 @@ import torch
 
 from ..kernels.once import differentiable_once
 from ..kernels.ops.vocab_rows import LogitShape, RowStatistics
-from .chunks import Task, run, run_again
+from .chunks import Gradients, Task, run, run_again
+from .row_gradients import scaled
 from .rows import select_rows
 
 PLAIN = LogitShape()
@@ -124,29 +125,42 @@ def _keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _scaled(total: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, *, in_place: bool) -> torch.Tensor:
-    """total * factor, the factor in fp32 or wider; in place where nobody needs `total` again."""
-    product = total.mul_(factor) if in_place else torch.mul(total, factor, out=torch.empty_like(total))
-    return product.to(dtype)
+def _finished(
+    made: Gradients,
+    factor: torch.Tensor | None,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+    *,
+    in_place: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients times `factor`, each in its dtype."""
+
+    def finish(total: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+        if total is None or dtype is None:
+            return None
+        return total.to(dtype) if factor is None else scaled(total, factor, dtype, in_place=in_place)
+
+    hidden, weight, bias = dtypes
+    rows = None if made.hidden is None or hidden is None else made.hidden.times(factor, hidden, in_place=in_place)
+    return rows, finish(made.weight, weight), finish(made.bias, bias)
 
 
 class _Saved:
     """Gradients formed in the forward. Taken by the first backward, unless the graph is kept for another."""
 
-    def __init__(self, *tensors: torch.Tensor | None) -> None:
-        self.tensors: tuple[torch.Tensor | None, ...] | None = tensors
+    def __init__(self, gradients: Gradients) -> None:
+        self.gradients: Gradients | None = gradients
 
-    def take(self) -> tuple[tuple[torch.Tensor | None, ...], bool]:
-        """The tensors, and whether they may be overwritten."""
-        if self.tensors is None:
+    def take(self) -> tuple[Gradients, bool]:
+        """The gradients, and whether they may be overwritten."""
+        if self.gradients is None:
             raise RuntimeError(
                 "backward through a fused loss a second time: its gradients were freed; "
                 "specify retain_graph=True in the first backward"
             )
-        tensors, keep = self.tensors, _keeps_graph()
+        gradients, keep = self.gradients, _keeps_graph()
         if not keep:
-            self.tensors = None
-        return tensors, not keep
+            self.gradients = None
+        return gradients, not keep
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -154,28 +168,26 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, task: Task, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         found, gradients = run(task, hidden, weight, bias, (True, False, False))
-        ctx.task, ctx.formed = task, _Saved(gradients.hidden)
-        needs_entropy = "entropy" in task.outputs
-        kept = (hidden, weight, bias, found.log_sum_exp, found.entropy) if needs_entropy else (hidden,)
-        ctx.save_for_backward(*kept)
+        ctx.task, ctx.formed, ctx.dtype = task, _Saved(gradients), hidden.dtype
+        if "entropy" in task.outputs:
+            ctx.save_for_backward(hidden, weight, bias, found.log_sum_exp, found.entropy)
         return _results(ctx, task, found)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         task: Task = ctx.task
-        hidden, *rest = ctx.saved_tensors
         grad, grad_entropy = _incoming(task, grads)
         if grad_entropy is not None:
-            weight, bias, lse, entropy = rest
+            hidden, weight, bias, lse, entropy = ctx.saved_tensors
             wants = (True, False, False)
             again = run_again(task, hidden, weight, bias, (lse, entropy), (grad, grad_entropy), wants)
-            return None, None if again.hidden is None else again.hidden.to(hidden.dtype), None, None
-        (formed,), in_place = ctx.formed.take()
-        if formed is None or grad is None:  # no row counts
-            return None, torch.zeros_like(hidden), None, None
+            return None, *_finished(again, None, (ctx.dtype, None, None), in_place=True)
+        formed, in_place = ctx.formed.take()
+        if grad is None:
+            return None, None, None, None
         factor = task.rows.spread(grad).unsqueeze(-1) / task.unit
-        return None, _scaled(formed, factor, hidden.dtype, in_place=in_place), None, None
+        return None, *_finished(formed, factor, (ctx.dtype, None, None), in_place=in_place)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -185,23 +197,15 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx: Any, task: Task, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         wants = ctx.needs_input_grad[1:]
         found, gradients = run(task, hidden, weight, bias, wants)
-        ctx.unit, ctx.formed = task.unit, _Saved(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.unit, ctx.formed = task.unit, _Saved(gradients)
+        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias))
         return -found.log_probs.sum()
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         formed, in_place = ctx.formed.take()
-        factor = grad / -ctx.unit
-        return None, *(
-            None
-            if not wanted
-            else torch.zeros_like(tensor)
-            if total is None
-            else _scaled(total, factor, tensor.dtype, in_place=in_place)
-            for wanted, total, tensor in zip(ctx.needs_input_grad[1:], formed, ctx.saved_tensors, strict=True)
-        )
+        return None, *_finished(formed, grad / -ctx.unit, ctx.dtypes, in_place=in_place)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -220,12 +224,8 @@ class _Recomputed(torch.autograd.Function):
         wants = ctx.needs_input_grad[1:]
         both = _incoming(ctx.task, grads)
         made = run_again(ctx.task, hidden, weight, bias, (lse, entropy), both, wants)
-        return None, *(
-            None if not wanted else torch.zeros_like(tensor) if total is None else total.to(tensor.dtype)
-            for wanted, total, tensor in zip(
-                wants, (made.hidden, made.weight, made.bias), (hidden, weight, bias), strict=True
-            )
-        )
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return None, *_finished(made, None, dtypes, in_place=True)
 
 
 def _in_order(task: Task, found: RowStatistics) -> tuple[torch.Tensor, ...]:

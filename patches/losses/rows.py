@@ -12,16 +12,17 @@ MOST_BYTES = 544 * MIB
 CPU_TILE_BYTES = 16 * MIB
 
 
-def tile_rows(vocabulary: int, dtype: torch.dtype, device: torch.device, *, trained: bool) -> int:
-    """How many rows make a chunk.
+def tile_rows(count: int, vocabulary: int, dtype: torch.dtype, device: torch.device, *, trained: bool) -> int:
+    """How many rows make a chunk of `count` rows.
 
-    Few rows keep the products from filling the GPU. Where the head is trained, each chunk also reads and writes the
-    sum of its gradients, 4 bytes an element, so chunks are four times as large.
+    Few rows keep the products from filling the GPU; among very many rows a larger chunk is no larger share of memory.
+    Where the head is trained, each chunk also reads and writes the sum of its gradients, 4 bytes an element, so chunks
+    are four times as large.
     """
     row = max(1, vocabulary * dtype.itemsize)
     if device.type == "cpu":
         return max(1, CPU_TILE_BYTES // row)
-    rows = min(max(TILE_ROWS, TILE_BYTES // row), max(1, MOST_BYTES // row))
+    rows = min(max(TILE_ROWS, TILE_BYTES // row, count // 32), max(1, MOST_BYTES // row))
     rows *= 4 if trained else 1
     return rows // 128 * 128 if rows > 128 else rows
 
@@ -38,18 +39,6 @@ class Rows:
     def take(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
         """The hidden states [n, H] of a chunk."""
         return hidden[chunk] if self.index is None else hidden.index_select(0, self.index[chunk])
-
-    def room(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a gradient [N, H], zero where rows do not count."""
-        make = torch.empty if self.index is None else torch.zeros
-        return make(hidden.shape, dtype=dtype, device=hidden.device)
-
-    def put(self, out: torch.Tensor, chunk: slice, y: torch.Tensor, weight: torch.Tensor) -> None:
-        """Write y @ weight into the rows of a chunk."""
-        if self.index is None:
-            torch.mm(y, weight, out=out[chunk])
-        else:
-            out.index_copy_(0, self.index[chunk], torch.mm(y, weight))
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values [count] in their places among [total], 0 elsewhere; differentiable."""

@@ -161,7 +161,8 @@ def test_the_function_of_trls_fused_head(softcap, bias, outputs):
     for ours, theirs in zip(*found, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5)
+            size = float(theirs.detach().float().abs().max())
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5 * size + 1e-6)
 
 
 def test_a_sharded_head_is_left_to_trl():
