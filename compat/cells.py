@@ -1,4 +1,4 @@
-"""One cell of the matrix: a patch of one model type on the installed transformers, held to stock in every respect.
+"""One cell of the matrix: a patch of a model type or of a trainer on what is installed, held to stock in every respect.
 
 `python compat/cells.py OUT.jsonl` runs all cells in this process and appends one JSON line for each; cells that the
 file already holds are not run again.
@@ -11,47 +11,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import trainers
 from lock import changed_code
+from verdicts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Cell, Training, gradient_distance, lora
 
 TOGETHER = "all together"
 STEPS = 8
-# Steps of SGD in fp32: two orders of rounding stay this near to each other, another formula does not.
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
-
-
-@dataclass(slots=True)
-class Cell:
-    """A verdict. `failed` names the checks that did not hold; `reason` says it in words, `diff` shows changed code."""
-
-    model_type: str
-    patch: str
-    state: str = "green"
-    reason: str = ""
-    failed: list[str] = field(default_factory=list)
-    diff: str = ""
-    seconds: float = 0.0
-
-    def fail(self, check: str, detail: str) -> None:
-        """Note a check that does not hold."""
-        self.state = "red"
-        self.failed.append(check)
-        self.reason = "; ".join(filter(None, (self.reason, f"{check}: {' '.join(detail.split())[:300]}")))
-
-
-@dataclass(slots=True)
-class Training:
-    """What a training run left: everything that a patch must not change."""
-
-    losses: list[float]
-    gradients: list[dict[str, Any]]
-    checkpoint_calls: list[int]
-    patched: int = 0
 
 
 @contextlib.contextmanager
@@ -77,15 +47,6 @@ def counted_checkpoints() -> Iterator[list[int]]:
     finally:
         for place in places:
             place.checkpoint = real
-
-
-def lora(model: Any) -> Any:
-    """The model with adapters on all linears, their B not zero, so that every gradient is one."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(5)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
 def train(build: Callable[[], Any], selection: str, *, checkpointing: bool) -> Training:
@@ -140,18 +101,6 @@ def train(build: Callable[[], Any], selection: str, *, checkpointing: bool) -> T
         finally:
             deactivate()
     return Training(losses, gradients, calls, sum(1 for _ in patched_modules(model)))
-
-
-def gradient_distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """The largest relative distance of a parameter's gradient; infinite if one is missing."""
-    if found.keys() != expected.keys():
-        return float("inf")
-    whole = sum(float(grad.norm()) ** 2 for grad in expected.values()) ** 0.5
-    # A gradient that is nothing beside the others is rounding.
-    return max(
-        float((grad - expected[name]).norm() / expected[name].norm().clamp_min(1e-4 * whole))
-        for name, grad in found.items()
-    )
 
 
 def compare_training(cell: Cell, found: Training, stock: Training, what: str) -> None:
@@ -212,12 +161,12 @@ def check_revert(cell: Cell, build: Callable[[], Any], selection: str) -> None:
 
 
 def cell_names(plugins: Any) -> list[tuple[str, str, str]]:
-    """(architecture, model type, patch) of every cell. Needs no torch."""
+    """(architecture, model type, patch) of every cell; a trainer spec stands for both. Needs no torch."""
     found = []
     for name, spec in plugins.architectures.items():
         patches = [patch.name for patch in plugins.patches(name)]
         found += [(name, kind, patch) for kind in spec.model_types for patch in (*patches, TOGETHER)]
-    return found
+    return found + [(name, name, patch.name) for name, spec in plugins.trainers.items() for patch in spec.patches]
 
 
 class Matrix:
@@ -256,6 +205,9 @@ class Matrix:
         from sloth_plugins.registry import Experimental
         from sloth_plugins.testing import tiny_model
 
+        if architecture in self.plugins.trainers:
+            trainers.run(cell, self.plugins.trainers[architecture], name)
+            return
         spec = self.plugins.architectures[architecture]
 
         def build() -> Any:
@@ -291,12 +243,7 @@ class Matrix:
 
         config = tiny_config(spec, kind).get_text_config()
         unmet = unmet_condition(patch, spec, config, probe())
-        if unmet is not None and (unmet.reason == "version" or unmet.reason.startswith("unsupported")):
-            found = f", found {unmet.found}" if unmet.found else ""
-            cell.state, cell.reason = (
-                "unsupported",
-                f"needs {unmet.required}{found}" if unmet.required else unmet.reason,
-            )
+        if cell.is_unsupported(unmet):
             return False
         if unmet is not None:
             cell.fail("config", str(unmet))

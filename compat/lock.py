@@ -9,7 +9,6 @@ import functools
 import json
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,31 @@ from packaging.version import Version
 LOCK = Path(__file__).resolve().parent / "upstream.lock"
 
 
-def _object(path: str) -> tuple[Any, type | None]:
-    """A function and None, or a class's forward and the class; None, None where it does not exist."""
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(import_module(module), name, None)
-    except ImportError:
-        return None, None
-    return (getattr(found, "forward", None), found) if isinstance(found, type) else (found, None)
+def pieces(patch: Any, *, of_trainer: bool = False) -> Iterator[tuple[str, bool]]:
+    """Paths of the upstream code that a patch depends on, and whether what it calls counts as well.
 
+    Of a trainer that is what the patch names in `replaces`; one that does not exist here goes by its first path.
+    """
+    from sloth_plugins.resolving import replaced_code, target_path
 
-def pieces(patch: Any) -> Iterator[tuple[str, bool]]:
-    """Paths of the upstream code that a patch depends on, and whether what it calls counts as well."""
-    from sloth_plugins.resolving import target_path
-
-    yield target_path(patch), True
+    if not of_trainer:
+        yield target_path(patch), True
     if patch.within is not None:
         yield patch.within, False
+    for code in replaced_code(patch):
+        yield (code.partition(" | ")[0] if isinstance(code, str) else code.path), True
 
 
 def code_of(path: str, deep: bool) -> dict[str, str] | None:
     """Fingerprint and normalised source of a piece of the installed upstream, or None."""
     from sloth_plugins.fingerprint import fingerprint, normalised
+    from sloth_plugins.resolving import upstream_code
 
-    function, owner = _object(path)
-    if function is None:
+    code = upstream_code(path)
+    if code is None:
         return None
-    found, source = fingerprint(function, owner, deep=deep), normalised(function, owner, deep=deep)
+    found = fingerprint(code.function, code.owner, deep=deep)
+    source = normalised(code.function, code.owner, deep=deep)
     return None if found is None or source is None else {"fingerprint": found, "source": source}
 
 
@@ -53,8 +50,11 @@ def installed() -> dict[str, dict[str, str]]:
     from sloth_plugins.discovery import Plugins
 
     plugins = Plugins(load_entry_points=False)
-    patches = [patch for name in plugins.architectures for patch in plugins.patches(name)]
-    found = {path: code_of(path, deep) for patch in patches for path, deep in pieces(patch)}
+    found: dict[str, dict[str, str] | None] = {}
+    for spec in plugins.specs:
+        for patch in plugins.patches(spec.name):
+            wanted = pieces(patch, of_trainer=spec.name in plugins.trainers)
+            found |= {path: code_of(path, deep) for path, deep in wanted}
     return {path: code for path, code in sorted(found.items()) if code is not None}
 
 
@@ -80,10 +80,10 @@ def write(by_version: dict[str, dict[str, dict[str, str]]]) -> None:
     read.cache_clear()
 
 
-def changed_code(patch: Any) -> str | None:
+def changed_code(patch: Any, *, of_trainer: bool = False) -> str | None:
     """None if all upstream code of a patch is locked, else a diff to the newest that is."""
     diffs: list[str] = []
-    for path, deep in pieces(patch):
+    for path, deep in pieces(patch, of_trainer=of_trainer):
         code, known = code_of(path, deep), read()["objects"].get(path, {})
         if code is not None and code["fingerprint"] in known:
             continue

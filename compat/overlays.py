@@ -16,7 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "compat"
 # compatibility.json is made of upstream.lock, which counts, and of results, which must not.
-SOURCES = ("sloth_plugins", "registry", "patches", "pyproject.toml", "compat/cells.py", "compat/lock.py")
+PROGRAMS = ("cells", "lock", "trainers", "verdicts")
+SOURCES = ("sloth_plugins", "registry", "patches", "pyproject.toml", *(f"compat/{name}.py" for name in PROGRAMS))
 
 Pin = dict[str, Any]
 

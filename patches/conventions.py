@@ -1,7 +1,7 @@
 """What most decoder models of transformers have in common, so that a family's file says only what is its own.
 
 A modeling module `transformers.models.NAME.modeling_NAME` has classes `<Prefix>RMSNorm`, `<Prefix>MLP`,
-`<Prefix>Attention` and `<Prefix>DecoderLayer`, and a function `apply_rotary_pos_emb`.
+`<Prefix>Attention`, `<Prefix>DecoderLayer` and `<Prefix>ForCausalLM`, and a function `apply_rotary_pos_emb`.
 """
 
 from collections.abc import Mapping
@@ -63,6 +63,17 @@ def glu(module: str, prefix: str, kind: str = "gated", activation: str = "hidden
         replacement=f"{FORWARDS}.glu:{kind}",
         where={activation: ACTIVATIONS},
         summary="gate, activation and product in one kernel each way, the product never kept",
+        **differences,
+    )
+
+
+def cross_entropy(module: str, prefix: str, **differences: Any) -> Patch:
+    """`<Prefix>ForCausalLM`, whose forward ends in its output embeddings."""
+    return Patch(
+        name="cross_entropy",
+        target=f"{module}:{prefix}ForCausalLM",
+        replacement=f"{FORWARDS}.causal_lm:cross_entropy",
+        summary="the loss from hidden states in chunks; logits only where they are read",
         **differences,
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sloth_plugins.registry import ArchitectureSpec, hookimpl
 
-from .conventions import TINY, glu, layout, modeling, rms_norm, rope
+from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 GEMMA, GEMMA2, GEMMA3 = modeling("gemma"), modeling("gemma2"), modeling("gemma3")
 NORM = {"norm_offset": 1.0, "norm_cast": "after_weight"}
@@ -25,7 +25,12 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         name="gemma",
         family="gemma",
         model_types=("gemma",),
-        patches=(rms_norm(GEMMA, "Gemma", "offset_one"), rope(GEMMA, "Gemma"), glu(GEMMA, "Gemma")),
+        patches=(
+            rms_norm(GEMMA, "Gemma", "offset_one"),
+            rope(GEMMA, "Gemma"),
+            glu(GEMMA, "Gemma"),
+            cross_entropy(GEMMA, "Gemma"),
+        ),
         layout=layout(GEMMA, "Gemma", activation="gelu_tanh", **NORM),
         tiny={**TINY, "head_dim": 16},
     )
@@ -37,6 +42,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             rms_norm(GEMMA2, "Gemma2", "offset_one"),
             rope(GEMMA2, "Gemma2"),
             glu(GEMMA2, "Gemma2", activation="hidden_activation"),
+            cross_entropy(GEMMA2, "Gemma2"),
         ),
         layout=layout(GEMMA2, "Gemma2", activation="gelu_tanh", **NORM, **FOUR_NORMS, **WINDOW),
         tiny={**TINY, **ALTERNATING},
@@ -49,6 +55,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             rms_norm(GEMMA3, "Gemma3", "offset_one"),
             rope(GEMMA3, "Gemma3", "promote_after_norm"),
             glu(GEMMA3, "Gemma3", activation="hidden_activation"),
+            cross_entropy(GEMMA3, "Gemma3"),
         ),
         layout=layout(
             GEMMA3,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sloth_plugins.registry import ArchitectureSpec, hookimpl
 
-from .conventions import TINY, glu, layout, modeling, rms_norm, rope
+from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 LLAMA = modeling("llama")
 
@@ -15,7 +15,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
     yield ArchitectureSpec(
         name="llama",
         model_types=("llama",),
-        patches=(rms_norm(LLAMA, "Llama"), rope(LLAMA, "Llama"), glu(LLAMA, "Llama")),
+        patches=(rms_norm(LLAMA, "Llama"), rope(LLAMA, "Llama"), glu(LLAMA, "Llama"), cross_entropy(LLAMA, "Llama")),
         layout=layout(LLAMA, "Llama"),
         tiny=TINY,
     )

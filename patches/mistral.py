@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sloth_plugins.registry import ArchitectureSpec, hookimpl
 
-from .conventions import TINY, glu, layout, modeling, rms_norm, rope
+from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 
 def _mistral(name: str, prefix: str) -> ArchitectureSpec:
@@ -13,7 +13,7 @@ def _mistral(name: str, prefix: str) -> ArchitectureSpec:
         name=name,
         family="mistral",
         model_types=(name,),
-        patches=(rms_norm(module, prefix), rope(module, prefix), glu(module, prefix)),
+        patches=(rms_norm(module, prefix), rope(module, prefix), glu(module, prefix), cross_entropy(module, prefix)),
         layout=layout(module, prefix, sliding_window="sliding_window"),
         tiny={**TINY, "head_dim": 16, "sliding_window": 8},
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sloth_plugins.registry import ArchitectureSpec, Patch, hookimpl
 
-from .conventions import ACTIVATIONS, FORWARDS, TINY, glu, layout, modeling, rms_norm, rope
+from .conventions import ACTIVATIONS, FORWARDS, TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 PHI, PHI3 = modeling("phi"), modeling("phi3")
 SEPARATE = dict.fromkeys(("q", "k", "v", "gate", "up"))
@@ -17,7 +17,12 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         name="phi3",
         family="phi",
         model_types=("phi3",),
-        patches=(rms_norm(PHI3, "Phi3"), rope(PHI3, "Phi3", "partial"), glu(PHI3, "Phi3", "gated_fused")),
+        patches=(
+            rms_norm(PHI3, "Phi3"),
+            rope(PHI3, "Phi3", "partial"),
+            glu(PHI3, "Phi3", "gated_fused"),
+            cross_entropy(PHI3, "Phi3"),
+        ),
         layout=layout(
             PHI3,
             "Phi3",
@@ -46,6 +51,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
                 where={"hidden_act": ACTIVATIONS},
                 summary="the activation in one kernel each way",
             ),
+            cross_entropy(PHI, "Phi"),
         ),
         layout=layout(
             PHI,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sloth_plugins.registry import ArchitectureSpec, hookimpl
 
-from .conventions import TINY, glu, layout, modeling, rms_norm, rope
+from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 QWEN2, QWEN3, QWEN2_5_VL = modeling("qwen2"), modeling("qwen3"), modeling("qwen2_5_vl")
 WINDOW = {"sliding_window": "sliding_window"}
@@ -19,7 +19,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         name="qwen2",
         family="qwen",
         model_types=("qwen2",),
-        patches=(rms_norm(QWEN2, "Qwen2"), rope(QWEN2, "Qwen2"), glu(QWEN2, "Qwen2")),
+        patches=(rms_norm(QWEN2, "Qwen2"), rope(QWEN2, "Qwen2"), glu(QWEN2, "Qwen2"), cross_entropy(QWEN2, "Qwen2")),
         layout=layout(QWEN2, "Qwen2", **WINDOW),
         tiny=TINY,
     )
@@ -27,7 +27,12 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         name="qwen3",
         family="qwen",
         model_types=("qwen3",),
-        patches=(rms_norm(QWEN3, "Qwen3"), rope(QWEN3, "Qwen3", "promote_after_norm"), glu(QWEN3, "Qwen3")),
+        patches=(
+            rms_norm(QWEN3, "Qwen3"),
+            rope(QWEN3, "Qwen3", "promote_after_norm"),
+            glu(QWEN3, "Qwen3"),
+            cross_entropy(QWEN3, "Qwen3"),
+        ),
         layout=layout(QWEN3, "Qwen3", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", **WINDOW),
         tiny={**TINY, "head_dim": 16},
     )

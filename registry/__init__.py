@@ -18,6 +18,7 @@ from .model import (
     SpecError,
     Status,
     Supported,
+    TrainerSpec,
     Unsupported,
 )
 from .requirements import Unmet, first_unmet
@@ -39,6 +40,7 @@ __all__ = [
     "SpecError",
     "Status",
     "Supported",
+    "TrainerSpec",
     "Unmet",
     "Unsupported",
     "first_unmet",

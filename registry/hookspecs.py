@@ -5,7 +5,7 @@ from typing import Any
 
 import pluggy
 
-from .model import ArchitectureSpec, Patch
+from .model import ArchitectureSpec, Patch, TrainerSpec
 from .results import Environment, Plan, Report, Skip
 
 PROJECT = "sloth"
@@ -22,6 +22,16 @@ def sloth_architectures() -> Iterable[ArchitectureSpec]:  # type: ignore[empty-b
     Called once, when the plugins are loaded; it must not import torch or transformers. All results are used. A name
     or a model type that another plugin has already declared is reported with both plugins' names, and the earlier
     declaration stands.
+    """
+
+
+@hookspec
+def sloth_trainers() -> Iterable[TrainerSpec]:  # type: ignore[empty-body]  # a hookspec has no body
+    """Declare patches of trainers.
+
+    Called once, when the plugins are loaded; it must not import torch, transformers or trl. All results are used. A
+    name that another plugin has already declared, of an architecture or of a trainer, is reported with both plugins'
+    names, and the earlier declaration stands.
     """
 
 
@@ -46,8 +56,8 @@ def sloth_architecture_of(config: Any) -> str | None:
 def sloth_adjust_plan(plan: Plan, environment: Environment) -> None:
     """Reorder, drop or replace the items of `plan.items`, in place.
 
-    Called once for each model that enters training, after the selection and all requirements were looked at and
-    before anything is applied.
+    Called for each architecture of a model that enters training, and for each trainer spec that is for its trainer,
+    after the selection and all requirements were looked at and before anything is applied.
     """
 
 
@@ -55,8 +65,8 @@ def sloth_adjust_plan(plan: Plan, environment: Environment) -> None:
 def sloth_check(patch: Patch, module: Any, environment: Environment) -> Skip | None:
     """Refuse one patch for one module (for a function: for one caller), or None to leave it to the others.
 
-    Called for each module that a patch would change; it must not change the module. The first result is used; the
-    built-in checks run last.
+    Called for each module that a patch would change, and with the trainer for a patch of one; it must not change
+    either. The first result is used; the built-in checks run last.
     """
 
 

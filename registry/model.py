@@ -1,4 +1,4 @@
-"""What an extension declares: architectures, patches and where a decoder layer keeps its parts.
+"""What an extension declares: architectures, trainers, patches and where a decoder layer keeps its parts.
 
 Everything here is data, frozen and validated when it is built, so a mistake in a plugin is found when the plugin
 is loaded and not in the middle of a training run.
@@ -14,6 +14,7 @@ from .requirements import malformed
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 OBJECT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+CODE_PATHS = re.compile(rf"{OBJECT_PATH.pattern}(\.[A-Za-z_]\w*)?( \| {OBJECT_PATH.pattern}(\.[A-Za-z_]\w*)?)*")
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 ATTRIBUTE_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -60,13 +61,18 @@ Status = Supported | Experimental | Unsupported
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
-    """One replacement of one upstream forward or function.
+    """One replacement of one upstream forward or function, or of methods of a trainer.
 
     `target` is the upstream class whose `forward` is replaced (`"package.module:Class"`), or a module-level function
     (`"package.module:function"`); for a function, `within` names the class whose `forward` calls it, and only calls
     made from patched instances of that class see the replacement. `replacement` is `"module:factory"`; the factory
     gets the original callable and returns the new one, which must accept every call that the original accepts.
+    In a `TrainerSpec` the target is a trainer's class, and the factory gets the class and returns a mapping of names of
+    its methods to what replaces them, functions or staticmethods.
     `formerly` holds other paths under which upstream has had the target; the first path that exists is taken.
+    `replaces` holds other upstream code that the patch stands in for or depends on: `"package.module:function"`,
+    `"package.module:Class.method"`, or `"package.module:Class"` for its forward. An entry may list alternatives for
+    other versions, separated by `" | "`: the first that exists counts, and the patch is left out where none does.
     `where` maps config attributes (dotted for nested ones) to the values that the patch is written for. `requires`
     holds PEP 508 strings. `fingerprints` holds those of the upstream code that the patch is written for, of the target
     and of the caller, as `sloth_plugins.fingerprint` computes them; with none, code of which the compat matrix has a
@@ -79,6 +85,7 @@ class Patch:
     replacement: str
     within: str | None = None
     formerly: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     fingerprints: tuple[str, ...] = ()
     where: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
@@ -95,6 +102,11 @@ class Patch:
             _must_match(OBJECT_PATH, owner, "within", self.within, "'package.module:Class'")
         for path in self.formerly:
             _must_match(OBJECT_PATH, owner, "formerly", path, "'package.module:Class'")
+        if isinstance(self.replaces, str):
+            raise SpecError(f"{owner}: replaces={self.replaces!r} is not a tuple of paths")
+        for path in self.replaces:
+            hint = "'package.module:function', '...:Class' or '...:Class.method', alternatives separated by ' | '"
+            _must_match(CODE_PATHS, owner, "replaces", path, hint)
         for text in self.fingerprints:
             _must_match(FINGERPRINT, owner, "fingerprints", text, "16 hexadecimal digits")
         _check_requirements(owner, self.requires)
@@ -107,6 +119,15 @@ class Patch:
                 f"{owner}: status={self.status!r} is not Supported(), Experimental(note) or Unsupported(reason)"
             )
         object.__setattr__(self, "where", MappingProxyType(dict(self.where)))
+
+
+def _check_patches(owner: str, patches: tuple[Patch, ...]) -> None:
+    if not all(isinstance(patch, Patch) for patch in patches):
+        raise SpecError(f"{owner}: patches={patches!r} holds something that is not a Patch")
+    names = [patch.name for patch in patches]
+    for name in names:
+        if names.count(name) > 1:
+            raise SpecError(f"{owner}: declares patch {name!r} {names.count(name)} times")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,13 +219,33 @@ class ArchitectureSpec:
         _must_match(NAME, owner, "family", self.family, "a lower-case name such as 'llama'")
         if isinstance(self.model_types, str) or not self.model_types:
             raise SpecError(f"{owner}: model_types={self.model_types!r} is not a tuple of config.model_type values")
-        if not all(isinstance(patch, Patch) for patch in self.patches):
-            raise SpecError(f"{owner}: patches={self.patches!r} holds something that is not a Patch")
-        names = [patch.name for patch in self.patches]
-        for name in names:
-            if names.count(name) > 1:
-                raise SpecError(f"{owner}: declares patch {name!r} {names.count(name)} times")
+        _check_patches(owner, self.patches)
         if self.layout is not None and not isinstance(self.layout, BlockLayout):
             raise SpecError(f"{owner}: layout={self.layout!r} is not a BlockLayout")
         _check_requirements(owner, self.requires)
         object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSpec:
+    """Patches of trainers: each `Patch.target` is the class of a trainer, and `where` asks the trainer's `args`.
+
+    A patch is for every trainer whose class is its target or derives from it, whatever model it trains. `family` is a
+    name that several specs share (`trl`), as in `ArchitectureSpec`; it defaults to `name`.
+    """
+
+    name: str
+    patches: tuple[Patch, ...]
+    requires: tuple[str, ...] = ()
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        owner = f"TrainerSpec {self.name!r}"
+        _must_match(NAME, owner, "name", self.name, "a lower-case name such as 'trl'")
+        object.__setattr__(self, "family", self.family or self.name)
+        _must_match(NAME, owner, "family", self.family, "a lower-case name such as 'trl'")
+        _check_patches(owner, self.patches)
+        for patch in self.patches:
+            if patch.within is not None:
+                raise SpecError(f"{owner}: patch {patch.name!r} has within={patch.within!r}; a trainer's has none")
+        _check_requirements(owner, self.requires)

@@ -43,7 +43,8 @@ class PlanItem:
     """What is meant to happen to one patch; `skip` is None where it is to be applied.
 
     `selected` says whether the selection asks for it, `named` whether the user wrote its name, in which case a
-    skip is an error. `family` is the architecture's, for reports; it defaults to `architecture`.
+    skip is an error. `architecture` is the name of the spec, a trainer's too; `family` is the spec's, for reports, and
+    defaults to `architecture`.
     """
 
     architecture: str
@@ -68,7 +69,8 @@ class Plan:
 class Outcome:
     """What came of one patch on one model: `modules` counts the instances that run the replacement.
 
-    `tested` is what the compat matrix says of it on the installed transformers.
+    `tested` is what the compat matrix says of it on the installed transformers. `trainer` is the name of the trainer's
+    class where the patch is one of trainers; `modules` is then 1 or 0.
     """
 
     architecture: str
@@ -78,6 +80,7 @@ class Outcome:
     modules: int = 0
     reason: str = ""
     tested: str = ""
+    trainer: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", self.family or self.architecture)
@@ -89,7 +92,7 @@ class Report:
 
     `towers` holds the parts of a covered model that stay stock, such as its vision tower.
 
-    `changed` counts the modules that were given another class by this very call; a `dry` report is a plan.
+    `changed` counts the modules and trainers that were given another class by this very call; a `dry` report is a plan.
     """
 
     environment: Environment

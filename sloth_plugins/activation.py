@@ -97,8 +97,8 @@ def _module_came(module: ModuleType) -> None:
         _say(f"sloth-plugins: {name} is not what it was, so no model is patched there; call sloth_plugins.patch(model)")
 
 
-def enter(model: Any, is_compiled: bool = False) -> None:
-    """A model enters training: patch it and print the report, once.
+def enter(model: Any, is_compiled: bool = False, trainer: Any = None) -> None:
+    """A model enters training: patch it and its trainer, where that is known, and print the report, once.
 
     A user's mistake ends the process with exit code 2. Any failure of our own leaves the model stock and says so.
     """
@@ -110,7 +110,7 @@ def enter(model: Any, is_compiled: bool = False) -> None:
         return
     _active.reached = True
     try:
-        _patch(model, _active, is_compiled)
+        _patch(model, _active, is_compiled, trainer)
     except SlothError as error:
         _say(f"sloth-plugins: {error}")
         raise SystemExit(2) from None
@@ -119,12 +119,13 @@ def enter(model: Any, is_compiled: bool = False) -> None:
         _say(f"sloth-plugins: {kind} trains stock, since patching it failed: {type(error).__name__}: {error}")
 
 
-def _patch(model: Any, active: Activation, is_compiled: bool) -> None:
+def _patch(model: Any, active: Activation, is_compiled: bool, trainer: Any) -> None:
     from .application import patched_modules
     from .discovery import plugins
     from .environment import conflicts
     from .patching import examine, was_patched_by_hand, was_reverted
     from .report import text
+    from .trainers import trainers_of
 
     kind = type(model).__name__
     if was_reverted(model):
@@ -137,13 +138,15 @@ def _patch(model: Any, active: Activation, is_compiled: bool) -> None:
         _say(f"sloth-plugins: {kind} has nothing to train and {keeps}")
         return
     known = plugins()
-    report = examine(model, active.selection)
+    # Preparing what a trainer has brought is no other event, and gets no other report.
+    trainer = trainer if trainer is not None else next(iter(trainers_of(model)), None)
+    report = examine(model, active.selection, trainer=trainer)
     for problem in known.problems:
         _say(f"sloth-plugins: {problem}")
     for conflict in conflicts():
         _say(f"sloth-plugins: {conflict}; modules that it has changed are left alone")
     if not report.outcomes:
-        _say(f"sloth-plugins: {_nothing_to_do(kind, report.unknown, known.catalogue())}; it trains stock")
+        _say(f"sloth-plugins: {_nothing_to_do(kind, report.unknown, known.architectures)}; it trains stock")
         return
     rendered = text(report)
     if report.changed:

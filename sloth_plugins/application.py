@@ -1,15 +1,15 @@
 """Apply and revert: the only code that changes somebody else's object.
 
-An instance is patched by giving it a generated subclass of its own class, with the same name, whose `forward` is the
-replacement. Nothing is stored on the instance, so `state_dict`, `isinstance` and hooks are as before, a deep copy
-stays patched, and reverting is giving the class back. A pickle holds the original class, so that it loads where this
-package is not installed.
+A module is patched by giving it a generated subclass of its own class, with the same name, whose `forward` is the
+replacement; a trainer by one with other methods. Nothing is stored on the instance, so `state_dict`, `isinstance` and
+hooks are as before, a deep copy of a module stays patched, and reverting is giving the class back. A pickle holds the
+original class, so that it loads where this package is not installed.
 """
 
 import copy
 import copyreg
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -25,10 +25,10 @@ MARK = "_sloth_patched"
 
 @dataclass(frozen=True, slots=True)
 class Patched:
-    """What a generated class remembers: the class it stands for, its forward of then, and the bindings it runs."""
+    """What a generated class remembers: the class it stands for, its methods of then, and the bindings it runs."""
 
     original: type
-    forward: Any
+    methods: tuple[tuple[str, Any], ...]
     bindings: tuple[Binding, ...]
 
     @property
@@ -41,8 +41,8 @@ def _key(bindings: Iterable[Binding]) -> tuple[str, ...]:
     return tuple(f"{binding.patch.target}={binding.patch.replacement}" for binding in bindings)
 
 
-def patched(module: torch.nn.Module) -> Patched | None:
-    """What is applied to a module, or None. Sees through a class that a sharding wrapper derived from ours."""
+def patched(module: object) -> Patched | None:
+    """What is applied to a module or a trainer, or None. Sees through a class that somebody derived from ours."""
     return getattr(type(module), MARK, None)
 
 
@@ -61,10 +61,10 @@ def _copy(self: torch.nn.Module) -> torch.nn.Module:
     return duplicate
 
 
-def _reduce_to(original: type) -> Callable[[torch.nn.Module, Any], Any]:
+def _reduce_to(original: type) -> Callable[[Any, Any], Any]:
     reduce_ex: Callable[..., Any] = original.__reduce_ex__
 
-    def __reduce_ex__(self: torch.nn.Module, protocol: Any) -> Any:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         constructor, arguments, *rest = reduce_ex(self, protocol)
         if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]  # missing in typeshed
             # pickle insists that __newobj__ gets the object's own class; this equivalent takes any.
@@ -81,51 +81,62 @@ _generated: dict[tuple[type, tuple[str, ...]], type] = {}
 def _generate(original: type, bindings: tuple[Binding, ...]) -> type:
     """The subclass of `original` that runs `bindings`; made once for each combination."""
     key = (original, _key(bindings))
-    forward: Callable[..., Any] = original.forward  # type: ignore[attr-defined]  # only classes with one are bound
     known = _generated.get(key)
-    # Somebody may have given upstream's class another forward since.
-    if known is not None and getattr(known, MARK) == Patched(original, forward, bindings):
-        return known
+    # Somebody may have given upstream's class another method since.
+    if known is not None:
+        names = [name for name, _ in getattr(known, MARK).methods]
+        if getattr(known, MARK) == Patched(original, _methods_of(original, names), bindings):
+            return known
+    methods: dict[str, Any] = {}
     for binding in bindings:
-        forward = binding.wrap(forward)
+        # Each wraps what those before it have made.
+        methods |= binding.methods(_subclass(original, methods) if methods else original)
     members: dict[str, Any] = {
-        "forward": forward,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
+        **methods,
         "__reduce_ex__": _reduce_to(original),
-        MARK: Patched(original, original.forward, bindings),  # type: ignore[attr-defined]  # as above
+        MARK: Patched(original, _methods_of(original, methods), bindings),
     }
-    if not hasattr(original, "__deepcopy__"):
+    if issubclass(original, torch.nn.Module) and not hasattr(original, "__deepcopy__"):
         members["__deepcopy__"] = _deepcopy
-    if not hasattr(original, "__copy__"):
+    if issubclass(original, torch.nn.Module) and not hasattr(original, "__copy__"):
         members["__copy__"] = _copy
-    _generated[key] = type(original)(original.__name__, (original,), members)
+    _generated[key] = _subclass(original, members)
     return _generated[key]
 
 
-def _hold(module: torch.nn.Module) -> None:
+def _methods_of(kind: type, names: Iterable[str]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, getattr(kind, name, None)) for name in names)
+
+
+def _subclass(original: type, members: dict[str, Any]) -> type:
+    """A subclass that cannot be told from the original by its name."""
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    made: type = type(original)(original.__name__, (original,), {**members, **names})
+    return made
+
+
+def _hold(module: Any) -> None:
     state = patched(module)
     for binding in state.bindings if state else ():
         if binding.scoped is not None:
             binding.scoped.hold(module)
 
 
-def _release(module: torch.nn.Module, state: Patched) -> None:
+def _release(module: Any, state: Patched) -> None:
     for binding in state.bindings:
         if binding.scoped is not None:
             binding.scoped.release(module)
 
 
-def _own_bound_forwards(module: torch.nn.Module) -> dict[str, MethodType]:
+def _own_bound_forwards(module: Any) -> dict[str, MethodType]:
     """The module's own forward where accelerate's hooks or upstream's capture of outputs keep it in the instance."""
     held = {name: vars(module).get(name) for name in ("forward", "_old_forward")}
-    own = type(module).forward
+    own = getattr(type(module), "forward", None)
     return {name: bound for name, bound in held.items() if isinstance(bound, MethodType) and bound.__func__ is own}
 
 
-def _swap(module: torch.nn.Module, kind: type, bound: dict[str, MethodType]) -> None:
-    """Give a module another class, and the bound forwards that go with it."""
+def _swap(module: Any, kind: type, bound: dict[str, MethodType]) -> None:
+    """Give a module or a trainer another class, and the bound forwards that go with it."""
     before = patched(module)
     vars(module).update(bound)
     module.__class__ = kind
@@ -150,7 +161,10 @@ def _foreign(module: torch.nn.Module, binding: Binding, original: type) -> str |
 
 @dataclass(slots=True)
 class Survey:
-    """What one binding finds in a model: module names it can run in, and refusals with their counts."""
+    """What one binding finds in a model: module names it can run in, and refusals with their counts.
+
+    Of a trainer the one name is that of its class, and a refusal has no example.
+    """
 
     binding: Binding
     modules: list[str] = field(default_factory=list)
@@ -158,7 +172,7 @@ class Survey:
     refused_example: str = ""
 
 
-Check = Callable[[Binding, torch.nn.Module], str | None]
+Check = Callable[[Binding, Any], str | None]
 Covers = Callable[[Binding, str], bool]
 
 
@@ -183,6 +197,8 @@ def survey(
             refusal = check(result.binding, module) or _foreign(module, result.binding, original)
             if refusal is None and taken is not None:
                 refusal = f"patch {taken.patch.name!r} already replaces {taken.patch.target.partition(':')[2]}"
+            if refusal is None and result.binding.refuses is not None:
+                refusal = result.binding.refuses(module)
             if refusal is None:
                 result.modules.append(name)
                 found.append(result.binding)
@@ -194,12 +210,12 @@ def survey(
     return surveys, wanted
 
 
-def apply(wanted: Iterable[tuple[torch.nn.Module, list[Binding]]]) -> int:
-    """Bring each module to exactly its bindings; returns how many changed.
+def apply(wanted: Iterable[tuple[Any, Sequence[Binding]]]) -> int:
+    """Bring each module, or trainer, to exactly its bindings; returns how many changed.
 
-    All or nothing: whatever interrupts it, a keyboard interrupt too, the modules changed so far get their class back.
+    All or nothing: whatever interrupts it, a keyboard interrupt too, those changed so far get their class back.
     """
-    done: list[tuple[torch.nn.Module, type, dict[str, MethodType]]] = []
+    done: list[tuple[Any, type, dict[str, MethodType]]] = []
     try:
         for module, bindings in wanted:
             state = patched(module)
@@ -228,6 +244,11 @@ def patched_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if patched(module) is not None)
 
 
-def revert(model: torch.nn.Module) -> int:
-    """Give every module its class back; returns how many had been patched. Raises `SlothError` after sharding."""
-    return apply([(module, []) for module in patched_modules(model)])
+def revert(model: torch.nn.Module, trainers: Iterable[Any] = ()) -> int:
+    """Give every module its class back, and each of the trainers; returns how many modules had been patched.
+
+    Raises `SlothError` after sharding.
+    """
+    modules = list(patched_modules(model))
+    apply([(patched_object, []) for patched_object in (*modules, *filter(patched, trainers))])
+    return len(modules)

@@ -22,10 +22,11 @@ from sloth_plugins.registry import (
     PlanItem,
     Report,
     Skip,
+    TrainerSpec,
     hookspecs,
 )
 
-BUILTIN = ("llama", "mistral", "qwen", "gemma", "phi")
+BUILTIN = ("llama", "mistral", "qwen", "gemma", "phi", "trl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,12 @@ class Plugins:
         if load_entry_points:
             self._load_entry_points()
         self.architectures: dict[str, ArchitectureSpec] = {}
+        self.trainers: dict[str, TrainerSpec] = {}
         self._owner: dict[str, str] = {}
         self._collect_architectures()
+        self._collect_trainers()
         self._patches = {name: self._collect_patches(spec) for name, spec in self.architectures.items()}
+        self._patches |= {name: spec.patches for name, spec in self.trainers.items()}
 
     def _load_entry_points(self) -> None:
         for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
@@ -132,14 +136,27 @@ class Plugins:
                 taken += [("model type", kind, claimed.get(kind)) for kind in spec.model_types]
                 duplicate = next((entry for entry in taken if entry[2] is not None), None)
                 if duplicate is not None:
-                    what, name, other = duplicate
-                    self.report_problem(
-                        plugin, f"declares {what} {name!r}, which plugin {other!r} already declares; {other!r} stands"
-                    )
+                    self._report_duplicate(plugin, *duplicate)
                     continue
                 self.architectures[spec.name] = spec
                 self._owner[spec.name] = plugin
                 claimed.update(dict.fromkeys(spec.model_types, plugin))
+
+    def _collect_trainers(self) -> None:
+        for plugin, specs in self._each("sloth_trainers", many=True):
+            for spec in specs:
+                if not isinstance(spec, TrainerSpec):
+                    self.report_problem(plugin, f"declares {spec!r}, which is not a TrainerSpec")
+                elif spec.name in self._owner:
+                    self._report_duplicate(plugin, "trainer spec", spec.name, self._owner[spec.name])
+                else:
+                    self.trainers[spec.name] = spec
+                    self._owner[spec.name] = plugin
+
+    def _report_duplicate(self, plugin: str, what: str, name: str, other: str | None) -> None:
+        self.report_problem(
+            plugin, f"declares {what} {name!r}, which plugin {other!r} already declares; {other!r} stands"
+        )
 
     def _collect_patches(self, spec: ArchitectureSpec) -> tuple[Patch, ...]:
         patches = {patch.name: patch for patch in spec.patches}
@@ -160,18 +177,23 @@ class Plugins:
                     owner[patch.name] = plugin
         return tuple(patches.values())
 
-    def patches(self, architecture: str) -> tuple[Patch, ...]:
-        """All patches of an architecture: its own, then those that other plugins add."""
-        return self._patches[architecture]
+    @property
+    def specs(self) -> tuple[ArchitectureSpec | TrainerSpec, ...]:
+        """All that has patches: the architectures, then the trainers."""
+        return *self.architectures.values(), *self.trainers.values()
 
-    def owner(self, architecture: str) -> str:
-        """The plugin that declares an architecture."""
-        return self._owner[architecture]
+    def patches(self, spec: str) -> tuple[Patch, ...]:
+        """All patches of an architecture, its own and then those that other plugins add, or of a trainer spec."""
+        return self._patches[spec]
+
+    def owner(self, spec: str) -> str:
+        """The plugin that declares an architecture or a trainer spec."""
+        return self._owner[spec]
 
     def catalogue(self) -> dict[str, tuple[str, ...]]:
-        """Patch names by architecture name and by family name."""
+        """Patch names by name of architecture or trainer spec, and by family name."""
         names: dict[str, dict[str, None]] = {}
-        for spec in self.architectures.values():
+        for spec in self.specs:
             for name in (spec.family, spec.name):
                 names.setdefault(name, {}).update(dict.fromkeys(patch.name for patch in self._patches[spec.name]))
         return {name: tuple(patches) for name, patches in names.items()}

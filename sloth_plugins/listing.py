@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-from sloth_plugins.registry import ArchitectureSpec, Experimental, Patch, Unsupported
+from sloth_plugins.registry import ArchitectureSpec, Experimental, Patch, TrainerSpec, Unsupported
 
 from .discovery import Plugins
 from .planning import MINIMUM
@@ -11,7 +11,7 @@ from .planning import MINIMUM
 HEADER = ("architecture", "model types", "patch", "needs", "state", "what it does")
 
 
-def needs(spec: ArchitectureSpec, patch: Patch) -> str:
+def needs(spec: ArchitectureSpec | TrainerSpec, patch: Patch) -> str:
     """Requirements of a patch: versions, then config values."""
     versions = [*spec.requires, *patch.requires]
     if not any(text.startswith("transformers") for text in versions):
@@ -27,9 +27,14 @@ def state(patch: Patch) -> str:
     return f"{text}, experimental: {patch.status.note}" if isinstance(patch.status, Experimental) else text
 
 
+def covered(spec: ArchitectureSpec | TrainerSpec, patch: Patch) -> tuple[str, ...]:
+    """What a patch is for: the architecture's model types, or the class of the trainer."""
+    return (patch.target.partition(":")[2],) if isinstance(spec, TrainerSpec) else spec.model_types
+
+
 @dataclass(slots=True)
 class Entry:
-    """One line: a patch of a family, for all of the family's architectures that have it in the same form."""
+    """One line: a patch of a family, for all of the family's members that have it in the same form."""
 
     family: str
     patch: str
@@ -47,21 +52,21 @@ class Entry:
 
 
 def entries(known: Plugins) -> list[Entry]:
-    """Every patch of every architecture."""
+    """Every patch of every architecture, then of every trainer."""
     found: dict[tuple[str, ...], Entry] = {}
-    for spec in known.architectures.values():
+    for spec in known.specs:
         for patch in known.patches(spec.name):
             key = (spec.family, patch.name, needs(spec, patch), state(patch), patch.summary)
             entry = found.setdefault(key, Entry(*key))
             entry.architectures.append(spec.name)
-            entry.model_types += spec.model_types
+            entry.model_types += covered(spec, patch)
             entry.plugins.append(known.owner(spec.name))
     order = list(dict.fromkeys(entry.family for entry in found.values()))
     return sorted(found.values(), key=lambda entry: order.index(entry.family))
 
 
 def as_json_text(known: Plugins) -> str:
-    """The same as JSON, with the plugins that declare the architectures."""
+    """The same as JSON, with the plugins that declare the architectures and trainers."""
     listed = [
         {
             "architecture": entry.family,

@@ -3,18 +3,19 @@
 import os
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from sloth_plugins.registry import Environment, Outcome, PlanItem, Report, Skip
 
-from . import application
+from . import application, trainers
 from .compatibility import verdict
 from .discovery import Plugins, plugins
 from .environment import probe
 from .errors import SlothError
 from .planning import make_plan
-from .resolving import Binding, bind
+from .resolving import Binding, bind, bind_trainer
 from .selection import VARIABLE, Selection, check_names, parse
 from .territory import Territory, survey_territory
 
@@ -45,10 +46,19 @@ def was_patched_by_hand(model: torch.nn.Module) -> bool:
     return bool(_patched_by_hand) and any(module in _patched_by_hand for module in model.modules())
 
 
-def _bind(item: PlanItem) -> tuple[PlanItem, Binding | None]:
+def _resolve(item: PlanItem, trainer: Any, known: Plugins) -> Binding | Skip:
+    if item.architecture not in known.trainers:
+        return bind(item.patch)
+    kind = trainers.target_class(item.patch, trainer)
+    return (
+        Skip(f"{type(trainer).__name__} is no {item.patch.target}") if kind is None else bind_trainer(item.patch, kind)
+    )
+
+
+def _bind(item: PlanItem, trainer: Any, known: Plugins) -> tuple[PlanItem, Binding | None]:
     if not item.selected or item.skip is not None:
         return item, None
-    bound = bind(item.patch)
+    bound = _resolve(item, trainer, known)
     if isinstance(bound, Skip):
         return replace(item, skip=bound), None
     if bound.drift is not None and not item.named:
@@ -59,12 +69,16 @@ def _bind(item: PlanItem) -> tuple[PlanItem, Binding | None]:
 
 def _refusal_text(result: application.Survey) -> str:
     reason, _ = result.refusals.most_common(1)[0]
+    if not result.refused_example:
+        return reason
     others = f", and {len(result.refusals) - 1} other reasons" if len(result.refusals) > 1 else ""
     return f"{result.refusals.total()} left alone ({result.refused_example}: {reason}{others})"
 
 
-def _outcome(item: PlanItem, result: application.Survey | None) -> Outcome:
-    base = Outcome(architecture=item.architecture, family=item.family, patch=item.patch.name, state="skipped")
+def _outcome(item: PlanItem, result: application.Survey | None, trainer: str) -> Outcome:
+    base = Outcome(
+        architecture=item.architecture, family=item.family, patch=item.patch.name, state="skipped", trainer=trainer
+    )
     if not item.selected:
         return replace(base, state="off", reason="not selected")
     if item.skip is not None:
@@ -73,7 +87,8 @@ def _outcome(item: PlanItem, result: application.Survey | None) -> Outcome:
     refused = _refusal_text(result) if result.refusals else ""
     if result.modules:
         drift = result.binding.drift
-        warning = f"untested: {drift}; compare it by `sloth-plugins verify --model MODEL`" if drift else ""
+        advice = "" if trainer else "; compare it by `sloth-plugins verify --model MODEL`"
+        warning = f"untested: {drift}{advice}" if drift else ""
         reason = "; ".join(filter(None, (warning, refused)))
         return replace(base, state="applied", modules=len(result.modules), reason=reason)
     return replace(base, reason=refused or f"the model has no {result.binding.kind.__qualname__}")
@@ -82,8 +97,8 @@ def _outcome(item: PlanItem, result: application.Survey | None) -> Outcome:
 def _tested(item: PlanItem, territory: Territory, environment: Environment) -> str:
     """The compat matrix's verdict for this patch of this model on the installed transformers."""
     configs = territory.configs.get(item.architecture, ())
-    model_type = configs[0].model_type if configs else ""
-    return verdict(model_type, item.patch.name, environment.versions.get("transformers", "none"))
+    row = configs[0].model_type if configs else item.architecture
+    return verdict(row, item.patch.name, environment.versions.get("transformers", "none"))
 
 
 def _refuse_if_named(items: list[PlanItem], outcomes: list[Outcome], selection: Selection) -> None:
@@ -95,22 +110,43 @@ def _refuse_if_named(items: list[PlanItem], outcomes: list[Outcome], selection: 
             )
 
 
+def _plan(
+    territory: Territory, trainer: Any, selection: Selection, environment: Environment, known: Plugins
+) -> list[PlanItem]:
+    """What is meant to happen to a model's architectures, then to its trainer."""
+    items: list[PlanItem] = []
+    for name, configs in territory.configs.items():
+        patches = known.patches(name)
+        items += make_plan(known.architectures[name], patches, configs, selection, environment, known).items
+    for spec in known.trainers.values() if trainer is not None else ():
+        meant = [patch for patch in spec.patches if trainers.target_class(patch, trainer) is not None]
+        if meant:
+            args = getattr(trainer, "args", None)
+            items += make_plan(spec, meant, [args], selection, environment, known).items
+    return items
+
+
 def examine(
-    model: torch.nn.Module, selection: Selection | None = None, *, dry: bool = False, known: Plugins | None = None
+    model: torch.nn.Module,
+    selection: Selection | None = None,
+    *,
+    trainer: Any = None,
+    dry: bool = False,
+    known: Plugins | None = None,
 ) -> Report:
-    """Plan and, unless `dry`, apply. Raises `SlothError` where a patch that was named cannot run."""
+    """Plan and, unless `dry`, apply, to a model and the trainer that trains it.
+
+    Raises `SlothError` where a patch that was named cannot run.
+    """
     selection = default_selection() if selection is None else selection
     known = plugins() if known is None else known
     check_names(selection, known.catalogue())
     environment = probe()
     territory = survey_territory(model, known)
-    items: list[PlanItem] = []
-    for name, configs in territory.configs.items():
-        items += make_plan(known.architectures[name], configs, selection, environment, known).items
-    bound = [_bind(item) for item in items]
+    bound = [_bind(item, trainer, known) for item in _plan(territory, trainer, selection, environment, known)]
     items = [item for item, _ in bound]
 
-    def check(binding: Binding, module: torch.nn.Module) -> str | None:
+    def check(binding: Binding, module: Any) -> str | None:
         skip = known.check(binding.patch, module, environment)
         return None if skip is None else str(skip)
 
@@ -119,15 +155,24 @@ def examine(
     def covers(binding: Binding, module: str) -> bool:
         return territory.owners.get(module) == architectures[id(binding)]
 
-    bindings = [binding for _, binding in bound if binding is not None]
-    surveys, wanted = application.survey(model, bindings, covers, check)
+    of_trainer = [binding for item, binding in bound if binding is not None and item.architecture in known.trainers]
+    of_model = [binding for item, binding in bound if binding is not None and item.architecture not in known.trainers]
+    surveys, by_name = application.survey(model, of_model, covers, check)
+    wanted = list(by_name.values())
+    if trainer is not None:
+        found, for_trainer = trainers.survey_trainer(trainer, of_trainer, check)
+        surveys += found
+        wanted += [(trainer, for_trainer)] if for_trainer or application.patched(trainer) else []
     by_binding = {id(result.binding): result for result in surveys}
-    outcomes = [
-        replace(_outcome(item, by_binding.get(id(binding))), tested=_tested(item, territory, environment))
-        for item, binding in bound
-    ]
+    outcomes = []
+    for item, binding in bound:
+        kind = trainers.stock_class(trainer).__name__ if item.architecture in known.trainers else ""
+        outcome = _outcome(item, by_binding.get(id(binding)), kind)
+        outcomes.append(replace(outcome, tested=_tested(item, territory, environment)))
     _refuse_if_named(items, outcomes, selection)
-    changed = 0 if dry else application.apply(wanted.values())
+    changed = 0 if dry else application.apply(wanted)
+    if trainer is not None and not dry:
+        trainers.remember(trainer)
     report = Report(
         environment=environment,
         selection=selection.text,
@@ -147,19 +192,26 @@ def _must_be_a_module(model: object, function: str) -> None:
         raise SlothError(f"{function}() takes a torch.nn.Module, not {type(model).__name__} {model!r:.60}")
 
 
-def patch(model: torch.nn.Module, selection: str | None = None) -> Report:
-    """Bring a model to exactly the selected patches, in place.
+def patch(model: torch.nn.Module, selection: str | None = None, *, trainer: Any = None) -> Report:
+    """Bring a model, and the trainer that is given with it, to exactly the selected patches, in place.
 
     `selection` has the form of SLOTH_PLUGINS and defaults to it, or to everything that is on by default. Calling it
     again with another selection adds and removes; `"off"` takes all away. What is chosen so stays, whatever
-    SLOTH_PLUGINS says, when the model enters training. Raises `SlothError` for a selection that
-    names something unknown, or a patch that cannot run here.
+    SLOTH_PLUGINS says, when the model enters training; trainers of the model that are not given run stock. Raises
+    `SlothError` for a selection that names something unknown, a patch that cannot run here, or a trainer of another
+    model.
     """
     global _called_by_hand
     _must_be_a_module(model, "patch")
+    if trainer is not None and not trainers.trains(trainer, model):
+        raise SlothError(
+            f"patch(trainer=) takes the trainer of this model, not {type(trainer).__name__} {trainer!r:.60}"
+        )
     parsed = None if selection is None else parse(selection, "selection")
     _called_by_hand = True
-    report = examine(model, parsed)
+    report = examine(model, parsed, trainer=trainer)
+    others = [other for other in trainers.trainers_of(model) if other is not trainer]
+    application.apply([(other, []) for other in others if application.patched(other)])
     for module in model.modules():
         _reverted.discard(module)
     _patched_by_hand.add(model)
@@ -167,13 +219,13 @@ def patch(model: torch.nn.Module, selection: str | None = None) -> Report:
 
 
 def revert(model: torch.nn.Module) -> int:
-    """Give every module of a model its own class back; returns how many had been patched.
+    """Give every module of a model, and its trainers, their own class back; returns how many modules were patched.
 
     The model stays stock in this process until `patch` is called on it: a Trainer that it enters leaves it alone, with
     all that is around it.
     """
     _must_be_a_module(model, "revert")
-    count = application.revert(model)
+    count = application.revert(model, trainers.trainers_of(model))
     for module in model.modules():
         _patched_by_hand.discard(module)
     _reverted.add(model)

@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, PlanItem, Skip, Unsupported, first_unmet
+from sloth_plugins.registry import (
+    ArchitectureSpec,
+    Environment,
+    Patch,
+    Plan,
+    PlanItem,
+    Skip,
+    TrainerSpec,
+    Unsupported,
+    first_unmet,
+)
 
 from .discovery import Plugins
 from .selection import Selection, decide
@@ -19,7 +29,9 @@ def _config_value(config: Any, path: str) -> Any:
     return value
 
 
-def unmet_condition(patch: Patch, spec: ArchitectureSpec, config: Any, environment: Environment) -> Skip | None:
+def unmet_condition(
+    patch: Patch, spec: ArchitectureSpec | TrainerSpec, config: Any, environment: Environment
+) -> Skip | None:
     """The first thing that keeps a patch from applying to a config in this environment, before any import."""
     if isinstance(patch.status, Unsupported):
         return Skip(f"unsupported: {patch.status.reason}")
@@ -34,14 +46,20 @@ def unmet_condition(patch: Patch, spec: ArchitectureSpec, config: Any, environme
 
 
 def make_plan(
-    spec: ArchitectureSpec, configs: Sequence[Any], selection: Selection, environment: Environment, plugins: Plugins
+    spec: ArchitectureSpec | TrainerSpec,
+    patches: Sequence[Patch],
+    configs: Sequence[Any],
+    selection: Selection,
+    environment: Environment,
+    plugins: Plugins,
 ) -> Plan:
-    """The plan for one architecture of a model, after every plugin has adjusted it.
+    """The plan for these patches of one architecture of a model, or of its trainer, after every plugin has adjusted it.
 
-    A model may hold several models of one architecture, with configs of their own: a patch must fit all of them.
+    A model may hold several models of one architecture, with configs of their own: a patch must fit all of them. The
+    config of a trainer is its `args`.
     """
     items = []
-    for patch in plugins.patches(spec.name):
+    for patch in patches:
         decision = decide(selection, spec.name, patch.name, family=spec.family, default=patch.default)
         item = PlanItem(
             architecture=spec.name,

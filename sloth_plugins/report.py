@@ -65,7 +65,7 @@ def text(report: Report) -> str:
         lines += columns([("patch", "modules", "state", "why"), *rows])
         lines += _verdicts(report.outcomes) if report.dry else []
     if report.outcomes and all(outcome.state == "off" for outcome in report.outcomes):
-        names = ", ".join(dict.fromkeys(outcome.architecture for outcome in report.outcomes))
+        names = ", ".join(dict.fromkeys(outcome.architecture for outcome in report.outcomes if not outcome.trainer))
         lines.append(f"  nothing that is selected is for this model, which is {names}; it stays stock")
     for tower in report.towers:
         lines.append(f"  {tower} stays stock")

@@ -1,7 +1,7 @@
 """From a patch's strings to the objects they name, and every reason why that cannot be done."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -20,17 +20,29 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A patch with its objects: instances of `kind` get `wrap(forward)` in place of their `forward`.
+    """A patch with its objects: instances of `kind` get `methods(their class)`, `forward` for one, in place of theirs.
 
+    `refuses` says why a module does not get it, or None; it is what the replacement has under that name, if anything.
     `drift` says which upstream code is not one that the patch was tested with; None where all is known.
     """
 
     patch: Patch
     kind: type
     # Made anew by each `bind`; two bindings of one patch to the same objects are equal.
-    wrap: Callable[[Forward], Forward] = field(compare=False)
+    methods: Callable[[type], Mapping[str, Any]] = field(compare=False)
     scoped: ScopedFunction | None = None
+    refuses: Callable[[Any], str | None] | None = field(default=None, compare=False)
     drift: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A function of upstream's, or a method of `owner`; `module` is where upstream has it compiled."""
+
+    path: str
+    function: Any
+    owner: type | None
+    module: str
 
 
 class _Refused(Exception):
@@ -52,6 +64,11 @@ def _look_up(path: str, field: str) -> tuple[ModuleType, Any]:
         raise _Refused(Skip(f"{field} {path} does not exist{hint}")) from error
 
 
+def _defining(kind: type, name: str) -> type:
+    """The class that gives `kind` an attribute."""
+    return next(base for base in kind.__mro__ if name in vars(base))
+
+
 def _class(path: str, field: str) -> type:
     """The class, provided that it and its forward are upstream's own."""
     module, kind = _look_up(path, field)
@@ -59,7 +76,7 @@ def _class(path: str, field: str) -> type:
         raise _Refused(Skip(f"{field} {path} is not a class with a forward"))
     if kind.__module__ != module.__name__:
         raise _Refused(Skip(f"{field} {path} was replaced by {kind.__module__}.{kind.__qualname__}"))
-    defining = next(base for base in kind.__mro__ if "forward" in vars(base))
+    defining = _defining(kind, "forward")
     foreign = foreign_layer(defining.forward, defining.__module__)  # type: ignore[attr-defined]  # it is in its vars
     if foreign is not None:
         raise _Refused(Skip(f"{kind.__qualname__}.forward was replaced by {foreign}"))
@@ -109,6 +126,36 @@ def _make(factory: Any, patch: Patch, original: Forward) -> Forward:
     return replacement  # type: ignore[no-any-return]  # checked to be callable
 
 
+def _make_methods(factory: Any, patch: Patch, kind: type) -> dict[str, Any]:
+    """What a factory of trainer methods has for a class, each fit for every call of the method that it replaces."""
+    try:
+        methods: dict[str, Any] = dict(factory(kind))
+    except Exception as error:
+        raise _Refused(Skip(f"replacement {patch.replacement} raised {type(error).__name__}: {error}")) from error
+    if not methods:
+        raise _Refused(Skip(f"replacement {patch.replacement} has nothing to replace in {kind.__qualname__}"))
+    for name, method in methods.items():
+        original = getattr(kind, name, None)
+        if not callable(original):
+            raise _Refused(Skip(f"{kind.__qualname__} has no method {name}"))
+        function = getattr(method, "__func__", method)
+        if not callable(function) or _is_static(method) != _is_static(inspect.getattr_static(kind, name)):
+            raise _Refused(
+                Skip(f"replacement {patch.replacement} returned {method!r} for {name}, which is another kind")
+            )
+        lacking = accepts(function, original)
+        if lacking:
+            where = f"{kind.__qualname__}.{name}"
+            raise _Refused(
+                Skip(f"replacement {patch.replacement} does not fit the signature of {where}: it lacks {lacking}")
+            )
+    return methods
+
+
+def _is_static(method: Any) -> bool:
+    return isinstance(method, staticmethod)
+
+
 def target_path(patch: Patch) -> str:
     """The path of a patch's target in the installed upstream: the first of its paths that exists, or its own."""
     for path in (patch.target, *patch.formerly) if patch.formerly else ():
@@ -121,6 +168,46 @@ def target_path(patch: Patch) -> str:
         if getattr(found, "__module__", module_name) == module_name and found is not None:
             return path
     return patch.target
+
+
+def upstream_code(path: str) -> Code | None:
+    """The code of "module:function", "module:Class.method", or "module:Class" for its forward; None where it is not."""
+    module_name, _, name = path.partition(":")
+    name, _, method = name.partition(".")
+    try:
+        found = getattr(import_module(module_name), name, None)
+    except Exception:  # noqa: BLE001 - what cannot be imported is not here, and the caller says so
+        return None
+    # A name that a module only imports is another module's own.
+    if found is None or getattr(found, "__module__", module_name) != module_name:
+        return None
+    if not isinstance(found, type):
+        return None if method else Code(path, original_of(found), None, module_name)
+    method = method or "forward"
+    function = getattr(found, method, None)
+    return Code(path, function, found, _defining(found, method).__module__) if callable(function) else None
+
+
+def replaced_code(patch: Patch) -> list[Code | str]:
+    """What a patch names in `replaces`, each the first of its alternatives that exists, or the entry if none does."""
+    found: list[Code | str] = []
+    for entry in patch.replaces:
+        codes = (upstream_code(path) for path in entry.split(" | "))
+        found.append(next((code for code in codes if code is not None), entry))
+    return found
+
+
+def _replaced_drift(patch: Patch) -> str | None:
+    """What is not known about the code that a patch names in `replaces`, or None."""
+    drift = None
+    for code in replaced_code(patch):
+        if isinstance(code, str):
+            raise _Refused(Skip(f"{code}, which it stands in for, does not exist"))
+        foreign = foreign_layer(code.function, code.module)
+        if foreign is not None:
+            raise _Refused(Skip(f"{code.path.partition(':')[2]} was replaced by {foreign}"))
+        drift = drift or _drift(patch, code.path, code.function, code.owner, deep=True)
+    return drift
 
 
 def _drift(patch: Patch, path: str, function: Forward, owner: type | None, *, deep: bool) -> str | None:
@@ -144,9 +231,10 @@ def bind(patch: Patch) -> Binding | Skip:
         if isinstance(target, type):
             kind = _class(path, "target")
             original_forward: Forward = kind.forward  # type: ignore[attr-defined]  # `_class` has checked it
-            _make(factory, patch, original_forward)
-            drift = _drift(patch, path, original_forward, kind, deep=True)
-            return Binding(patch, kind, lambda original: _make(factory, patch, original), drift=drift)
+            refuses = getattr(_make(factory, patch, original_forward), "refuses", None)
+            drift = _drift(patch, path, original_forward, kind, deep=True) or _replaced_drift(patch)
+            methods = _forward(lambda original: _make(factory, patch, original))
+            return Binding(patch, kind, methods, refuses=refuses, drift=drift)
         if patch.within is None:
             return Skip(f"target {path} is a function, so `within` must name the class that calls it")
         name = path.partition(":")[2]
@@ -159,7 +247,28 @@ def bind(patch: Patch) -> Binding | Skip:
         caller = _class(patch.within, "within")
         caller_forward: Forward = caller.forward  # type: ignore[attr-defined]  # `_class` has checked it
         drift = _drift(patch, path, original, None, deep=True)
-        drift = drift or _drift(patch, patch.within, caller_forward, caller, deep=False)
-        return Binding(patch, caller, lambda forward: scoped.caller(forward, replacement), scoped, drift)
+        drift = drift or _drift(patch, patch.within, caller_forward, caller, deep=False) or _replaced_drift(patch)
+        methods = _forward(lambda forward: scoped.caller(forward, replacement))
+        return Binding(patch, caller, methods, scoped, drift=drift)
+    except _Refused as refused:
+        return refused.skip
+
+
+def _forward(wrap: Callable[[Forward], Forward]) -> Callable[[type], Mapping[str, Any]]:
+    """The methods of a binding that replaces only the forward."""
+    return lambda kind: {"forward": wrap(kind.forward)}  # type: ignore[attr-defined]  # only classes with one are bound
+
+
+def bind_trainer(patch: Patch, kind: type) -> Binding | Skip:
+    """Resolve a patch of trainers for the class that is its target; a `Skip` says what is missing or not upstream's."""
+    try:
+        _, factory = _look_up(patch.replacement, "replacement")
+        for name in _make_methods(factory, patch, kind):
+            defining = _defining(kind, name)
+            foreign = foreign_layer(getattr(defining, name), defining.__module__)
+            if foreign is not None:
+                return Skip(f"{defining.__qualname__}.{name} was replaced by {foreign}")
+        drift = _replaced_drift(patch)
+        return Binding(patch, kind, lambda below: _make_methods(factory, patch, below), drift=drift)
     except _Refused as refused:
         return refused.skip

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-Enter = Callable[[Any, bool], None]
-"""Told of a model that enters training, and whether it is going to be compiled."""
+Entering = tuple[Any, bool, Any]
+"""A model that enters training, whether it is going to be compiled, and its trainer if that is known, else None."""
+Enter = Callable[[Any, bool, Any], None]
 
 
-def _models_of_trainer(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, bool]]:
+def _models_of_trainer(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[Entering]:
     # With model_init the model at hand is thrown away; the one that is trained is prepared later.
     if getattr(trainer, "model_init", None) is None:
-        yield trainer.model, bool(getattr(trainer.args, "torch_compile", False))
+        yield trainer.model, bool(getattr(trainer.args, "torch_compile", False)), trainer
 
 
 def _is_compiling(accelerator: Any) -> bool:
@@ -23,21 +24,21 @@ def _is_compiling(accelerator: Any) -> bool:
     return str(getattr(getattr(plugin, "backend", None), "value", "NO")) != "NO"
 
 
-def _models_to_prepare(accelerator: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, bool]]:
+def _models_to_prepare(accelerator: Any, *args: Any, **kwargs: Any) -> Iterator[Entering]:
     for model in args:
-        yield model, _is_compiling(accelerator)
+        yield model, _is_compiling(accelerator), None
 
 
 def _model_to_prepare(
     accelerator: Any, model: Any, device_placement: Any = None, evaluation_mode: bool = False
-) -> Iterator[tuple[Any, bool]]:
+) -> Iterator[Entering]:
     # Reference models, reward models and teachers are prepared so; they stay stock.
     if not evaluation_mode:
-        yield model, _is_compiling(accelerator)
+        yield model, _is_compiling(accelerator), None
 
 
 # module -> class, method, who enters training by it
-SEAMS: dict[str, tuple[tuple[str, str, Callable[..., Iterator[tuple[Any, bool]]]], ...]] = {
+SEAMS: dict[str, tuple[tuple[str, str, Callable[..., Iterator[Entering]]], ...]] = {
     "transformers.trainer": (
         ("Trainer", "train", _models_of_trainer),
         ("Trainer", "evaluation_loop", _models_of_trainer),
@@ -51,13 +52,13 @@ SEAMS: dict[str, tuple[tuple[str, str, Callable[..., Iterator[tuple[Any, bool]]]
 _wrapped: list[tuple[type, str, Any, Any]] = []
 
 
-def _wrap(owner: type, name: str, models: Callable[..., Iterator[tuple[Any, bool]]], enter: Enter) -> None:
+def _wrap(owner: type, name: str, models: Callable[..., Iterator[Entering]], enter: Enter) -> None:
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for model, is_compiled in models(self, *args, **kwargs):
-            enter(model, is_compiled)
+        for entering in models(self, *args, **kwargs):
+            enter(*entering)
         return original(self, *args, **kwargs)
 
     _wrapped.append((owner, name, vars(owner).get(name), seam))

@@ -14,8 +14,16 @@ LAYERS = {
         {"torch", "triton", "sloth_plugins.patches.kernels"},
         {"transformers", "peft", "sloth_plugins"},
     ),
+    "patches/losses": (
+        {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.losses"},
+        {"transformers", "peft", "triton", "sloth_plugins"},
+    ),
     "patches/forwards": (
-        {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.forwards"},
+        {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.losses", "sloth_plugins.patches.forwards"},
+        {"transformers", "peft", "triton", "sloth_plugins"},
+    ),
+    "patches/trainers": (
+        {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.losses", "sloth_plugins.patches.trainers"},
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
     "patches": ({"sloth_plugins.registry", "sloth_plugins.patches.conventions"}, HEAVY | {"sloth_plugins"}),

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from .watched import is_watched
+from ..kernels.watched import is_watched
 
 # By name: transformers' own classes are not imported here, and they differ between versions.
 SILU = frozenset({"torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"})

@@ -35,4 +35,5 @@ def cross_entropy(original: Forward) -> Forward:
         with deferring(head):
             return original(self, *args, **kwargs)
 
+    forward.refuses = lambda model: obstacle(model, model.get_output_embeddings())  # type: ignore[attr-defined]  # `Binding` reads it
     return forward

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .watched import is_watched
+from ..kernels.watched import is_watched
 
 Forward = Callable[..., Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..forwards.watched import is_watched
+from ..kernels.watched import is_watched
 from . import handlers as _handlers  # noqa: F401 - without them every operation would compute the logits
 from .deferred import DeferredLogits, defer
 from .recipe import Recipe

@@ -1,7 +1,7 @@
 """TRL's per-token log-probabilities: from hidden states where it never had logits, from deferred logits elsewhere."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +61,10 @@ def chunked(trainer: type) -> dict[str, Method]:
 
         name = "_ChunkedLogProbFunction"
         current = getattr(utils, name)
-        return replaced(utils, {name: current if isinstance(current, FusedLogProbs) else FusedLogProbs(current)})
+        # Without Triton, TRL 1.15 has none and computes logits.
+        if current is None or isinstance(current, FusedLogProbs):
+            return nullcontext()
+        return replaced(utils, {name: FusedLogProbs(current)})
 
     return within(trainer, scope, "training_step", "prediction_step", "compute_loss")
 

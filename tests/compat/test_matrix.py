@@ -17,12 +17,7 @@ from sloth_plugins.discovery import Plugins
 
 RESULTS = json.loads((ROOT / "compat" / "results.json").read_text())
 KNOWN = Plugins(load_entry_points=False)
-CELLS = {
-    (kind, patch)
-    for name, spec in KNOWN.architectures.items()
-    for kind in spec.model_types
-    for patch in (*(patch.name for patch in KNOWN.patches(name)), cells.TOGETHER)
-}
+CELLS = {(kind, patch) for _, kind, patch in cells.cell_names(KNOWN)}
 
 
 def test_every_cell_of_every_pin_is_on_record_and_none_is_red():

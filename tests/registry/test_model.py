@@ -7,6 +7,7 @@ from sloth_plugins.registry import (
     Patch,
     SpecError,
     Supported,
+    TrainerSpec,
     Unsupported,
 )
 
@@ -39,6 +40,10 @@ def test_a_patch_has_the_documented_defaults():
         ({"target": 3}, "3"),
         ({"replacement": "nowhere"}, "'nowhere'"),
         ({"within": "no colon"}, "'no colon'"),
+        ({"replaces": "pkg.module:function"}, "'pkg.module:function' is not a tuple"),
+        ({"replaces": ("pkg.module",)}, "'pkg.module'"),
+        ({"replaces": ("pkg.module:Class.method.more",)}, "'pkg.module:Class.method.more'"),
+        ({"replaces": ("pkg.a:f|pkg.b:f",)}, "'pkg.a:f|pkg.b:f'"),
         ({"requires": "torch>=2"}, "'torch>=2'"),
         ({"requires": ("torch>>2",)}, "'torch>>2'"),
         ({"where": {"hidden_act": "silu"}}, "'silu'"),
@@ -86,6 +91,38 @@ def test_an_architecture_that_cannot_be_meant_is_refused(change, quoted):
     with pytest.raises(SpecError) as caught:
         ArchitectureSpec(**arguments)
     assert quoted in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["a:f", "a.b:C.m", "a.b:C", "a:f | b.c:C.m | d:g"])
+def test_code_may_be_named_in_every_form(path):
+    assert Patch(**PATCH, replaces=(path,)).replaces == (path,)
+
+
+def test_a_trainer_spec_has_the_documented_defaults():
+    spec = TrainerSpec(name="trl_orpo", patches=(Patch(**PATCH),))
+    assert (spec.family, spec.requires) == ("trl_orpo", ())
+    assert TrainerSpec(name="trl_orpo", family="trl", patches=()).family == "trl"
+    with pytest.raises(AttributeError):
+        spec.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("change", "quoted"),
+    [
+        ({"name": "TRL"}, "'TRL'"),
+        ({"family": "Hugging Face"}, "'Hugging Face'"),
+        ({"patches": ("orpo",)}, "'orpo'"),
+        ({"patches": (Patch(**PATCH), Patch(**PATCH))}, "'rms_norm' 2 times"),
+        ({"patches": (Patch(**PATCH, within="pkg.module:Attention"),)}, "within='pkg.module:Attention'"),
+        ({"requires": "trl>=1"}, "'trl>=1'"),
+        ({"requires": ("trl=1",)}, "'trl=1'"),
+    ],
+)
+def test_a_trainer_spec_that_cannot_be_meant_is_refused(change, quoted):
+    with pytest.raises(SpecError) as caught:
+        TrainerSpec(**{"name": "trl", "patches": (Patch(**PATCH),), **change})
+    assert quoted in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_layout_takes_separate_or_fused_projections():

@@ -5,7 +5,7 @@ import pytest
 
 from sloth_plugins import discovery
 from sloth_plugins.discovery import Plugins
-from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, PlanItem, Skip, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, PlanItem, Skip, TrainerSpec, hookimpl
 
 PATCH = Patch(name="norm", target="pkg.module:Norm", replacement="pkg.norm:factory")
 
@@ -220,3 +220,37 @@ def test_a_plugin_adds_to_a_family(load):
     assert messages(plugins) == []
     assert plugins.catalogue()["qwen"][-1] == "norm"
     assert plugins.architecture_of(types.SimpleNamespace(model_type="qwen9")).family == "qwen"
+
+
+def trainer(name="toy_a", family="toy", patches=(PATCH,)):
+    return TrainerSpec(name=name, family=family, patches=patches)
+
+
+def test_trainers_can_be_named_beside_architectures(load):
+    more = Patch(name="more", target="pkg.module:Other", replacement="pkg.norm:factory")
+    plugins = load(extra=plugin(sloth_trainers=lambda: [trainer(), trainer("toy_b", patches=(more,))]))
+    assert messages(plugins) == []
+    catalogue = plugins.catalogue()
+    assert (catalogue["toy"], catalogue["toy_a"], catalogue["toy_b"]) == (("norm", "more"), ("norm",), ("more",))
+    assert plugins.owner("toy_b") == "extra"
+    assert plugins.patches("toy_b") == (more,)
+    assert "toy_a" not in plugins.architectures
+    assert [spec.name for spec in plugins.specs][-2:] == ["toy_a", "toy_b"]
+
+
+@pytest.mark.parametrize("name", ["toy_a", "llama"])
+def test_a_trainer_whose_name_is_taken_names_both_plugins(load, name):
+    plugins = load(
+        a=plugin(sloth_trainers=lambda: [trainer()]), b=plugin(sloth_trainers=lambda: [trainer(name), trainer("toy_b")])
+    )
+    (message,) = messages(plugins)
+    owner = "a" if name == "toy_a" else "llama"
+    assert f"'b' declares trainer spec {name!r}, which plugin {owner!r} already declares" in message
+    assert set(plugins.trainers) >= {"toy_a", "toy_b"}
+
+
+def test_something_that_is_no_trainer_spec_is_reported(load):
+    plugins = load(a=plugin(sloth_trainers=lambda: [spec()]), b=plugin(sloth_trainers=lambda: trainer()))
+    assert any("which is not a TrainerSpec" in text for text in messages(plugins))
+    assert any("'TrainerSpec' object is not iterable" in text for text in messages(plugins))
+    assert "llama" in plugins.architectures

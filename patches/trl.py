@@ -1,0 +1,63 @@
+"""TRL's trainers: where they hold logits of a whole batch, hidden states take their place.
+
+SFT, DPO, KTO, GRPO, RLOO and asynchronous GRPO already project in chunks through one function of TRL's own; there only
+that function changes. The others stay as they are, on logits that are deferred.
+"""
+
+from collections.abc import Iterator
+
+from sloth_plugins.registry import Patch, TrainerSpec, hookimpl
+
+TRAINERS = "sloth_plugins.patches.trainers"
+FUSED_HEAD = {
+    "sft": "trl.trainer.sft_trainer:SFTTrainer",
+    "dpo": "trl.trainer.dpo_trainer:DPOTrainer",
+    "kto": "trl.trainer.kto_trainer:KTOTrainer",
+    "grpo": "trl.trainer.grpo_trainer:GRPOTrainer",
+    "rloo": "trl.trainer.rloo_trainer:RLOOTrainer",
+    "async_grpo": "trl.experimental.async_grpo.async_grpo_trainer:AsyncGRPOTrainer",
+}
+
+
+def _trainer(name: str, patch: Patch) -> TrainerSpec:
+    return TrainerSpec(name=f"trl_{name}", family="trl", patches=(patch,))
+
+
+def _experimental(name: str, trainer: str, replacement: str, *methods: str, since: str = "0.27") -> TrainerSpec:
+    target = f"trl.experimental.{name}.{name}_trainer:{trainer}"
+    return _trainer(
+        name,
+        Patch(
+            name=f"trl_{name}",
+            target=target,
+            replacement=f"{TRAINERS}.{replacement}",
+            replaces=tuple(f"{target}.{method}" for method in methods),
+            requires=(f"trl>={since}",),
+            summary="the loss in chunks, without the logits of the batch",
+        ),
+    )
+
+
+@hookimpl
+def sloth_trainers() -> Iterator[TrainerSpec]:
+    """Those that train a language model."""
+    for name, target in FUSED_HEAD.items():
+        yield _trainer(
+            name,
+            Patch(
+                name="trl_logprobs",
+                target=target,
+                replacement=f"{TRAINERS}.log_probs:chunked",
+                replaces=("trl.kernels.chunked_logprob:ChunkedLogProbFunction",),
+                # Before, the function that this stands in for took other arguments.
+                requires=("trl>=1.15",),
+                summary="log-probabilities in two products where the head is frozen; TRL needs three",
+            ),
+        )
+    yield _experimental("orpo", "ORPOTrainer", "preference:odds_ratio", "get_batch_loss_metrics", "get_batch_logps")
+    yield _experimental("cpo", "CPOTrainer", "preference:odds_ratio", "get_batch_loss_metrics", "get_batch_logps")
+    yield _experimental("tpo", "TPOTrainer", "preference:triple", "_compute_loss", since="1.4")
+    yield _experimental("online_dpo", "OnlineDPOTrainer", "preference:online", "_forward")
+    yield _experimental("gkd", "GKDTrainer", "distillation:generalized_jsd", "compute_loss", "generalized_jsd_loss")
+    yield _experimental("gold", "GOLDTrainer", "distillation:generalized_jsd", "compute_loss", "generalized_jsd_loss")
+    yield _experimental("sdft", "SDFTTrainer", "distillation:self_distillation", "compute_loss", since="1.6")
