@@ -17,6 +17,8 @@ FUSED_HEAD = {
     "rloo": "trl.trainer.rloo_trainer:RLOOTrainer",
     "async_grpo": "trl.experimental.async_grpo.async_grpo_trainer:AsyncGRPOTrainer",
 }
+# In 1.15, which no pin pairs since it has no CPU path, and in 1.16.
+FUSED_HEAD_CODE = ("c92759fb12e86212", "ed06b64a6afca47a")
 
 
 def _trainer(name: str, patch: Patch) -> TrainerSpec:
@@ -51,6 +53,7 @@ def sloth_trainers() -> Iterator[TrainerSpec]:
                 replaces=("trl.kernels.chunked_logprob:ChunkedLogProbFunction",),
                 # Before, the function that this stands in for took other arguments.
                 requires=("trl>=1.15",),
+                fingerprints=FUSED_HEAD_CODE,
                 summary="log-probabilities in two products where the head is frozen; TRL needs three",
             ),
         )

@@ -144,7 +144,7 @@ def gradient_kernel(
     tl.store(y_at, slope.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 2048, 8
 
 
 def _numbers(shape: LogitShape) -> tuple[float, float, float]:

@@ -27,8 +27,12 @@ class Task:
 
     @property
     def unit(self) -> float:
-        """What gradients are multiplied by while they are in `dtype`: probabilities of 1e-7 vanish in fp16."""
-        return 256.0 if self.dtype is torch.float16 else 1.0
+        """What gradients are multiplied by while they are in `dtype`.
+
+        The target's, 1 - smoothing less its probability, is most of each row: it becomes 1, which rounds to itself. In
+        fp16, probabilities of 1e-7 would vanish.
+        """
+        return (256.0 if self.dtype is torch.float16 else 1.0) / (1.0 - self.smoothing if self.smoothing < 1.0 else 1.0)
 
 
 @dataclass(slots=True)

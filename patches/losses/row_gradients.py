@@ -29,13 +29,17 @@ class RowGradients:
             torch.mm(y, weight, out=self.values[chunk])
             return
         product = wide_product(y, weight)
-        if self.units is not None:
-            _, exponent = torch.linalg.vector_norm(product, float("inf"), -1, keepdim=True).frexp()
-            # Of a row of zeros, or one that is not finite, the exponent is no matter; fp32 must hold both powers.
-            unit = torch.exp2((exponent - HALF_RANGE).clamp(-100, 100).float())
-            product.div_(unit)
-            self._write(self.units, chunk, unit)
-        self._write(self.values, chunk, product)
+        if self.units is None:
+            self._write(self.values, chunk, product)
+            return
+        _, exponent = torch.linalg.vector_norm(product, float("inf"), -1, keepdim=True).frexp()
+        # Of a row of zeros, or one that is not finite, the exponent is no matter; fp32 must hold both powers.
+        unit = torch.exp2((exponent - HALF_RANGE).clamp(-100, 100).float())
+        self._write(self.units, chunk, unit)
+        if self.rows.index is None:
+            torch.div(product, unit, out=self.values[chunk])
+        else:
+            self._write(self.values, chunk, product.div_(unit))
 
     def times(self, factor: torch.Tensor | None, dtype: torch.dtype, *, in_place: bool) -> torch.Tensor:
         """The gradient times `factor` (fp32 or wider; one number, or [N, 1] by row), in `dtype`.

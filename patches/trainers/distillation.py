@@ -1,5 +1,6 @@
 """GKD, GOLD and SDFT: divergences between two models over the whole vocabulary, a chunk of tokens at a time."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,37 +26,30 @@ def generalized_jsd(trainer: type) -> dict[str, Any]:
     """GKD and GOLD. TRL's own divergence runs on a chunk of labelled tokens; only its sum is ours."""
     divergence: Callable[..., torch.Tensor] = trainer.generalized_jsd_loss  # type: ignore[attr-defined]  # the trainers' own
 
-    def generalized_jsd_loss(
-        student_logits: Any,
-        teacher_logits: Any,
-        labels: torch.Tensor | None = None,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        reduction: str = "batchmean",
-        logits_are_probs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        options: dict[str, Any] = {"beta": beta, "temperature": temperature}
-        if not _are_deferred(student_logits, teacher_logits) or logits_are_probs or reduction not in _SIZES:
-            if logits_are_probs:
-                options["logits_are_probs"] = True
-            if num_items_in_batch is not None:
-                options["num_items_in_batch"] = num_items_in_batch
-            return divergence(student_logits, teacher_logits, labels=labels, reduction=reduction, **options)
-        size = student_logits.shape[0] if student_logits.dim() > 1 else 1
+    signature = inspect.signature(divergence)
+
+    def generalized_jsd_loss(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        student, teacher, labels = (given[name] for name in ("student_logits", "teacher_logits", "labels"))
+        reduction, items = given["reduction"], given.get("num_items_in_batch")
+        if not _are_deferred(student, teacher) or given.get("logits_are_probs") or reduction not in _SIZES:
+            return divergence(*args, **kwargs)
+        size = student.shape[0] if student.dim() > 1 else 1
         if labels is not None:
             kept = labels != IGNORED
-            student_logits, teacher_logits = student_logits[kept], teacher_logits[kept]
+            student, teacher = student[kept], teacher[kept]
+        options = {"beta": given["beta"], "temperature": given["temperature"]}
         total = rowwise(
             lambda student, teacher: divergence(student, teacher, reduction="none", **options).sum(-1),
-            flat(student_logits),
-            flat(teacher_logits),
+            flat(student),
+            flat(teacher),
         ).sum()
-        if num_items_in_batch is not None:
-            tensor = isinstance(num_items_in_batch, torch.Tensor)
-            return total / (num_items_in_batch.to(total.device) if tensor else num_items_in_batch)
-        rows = student_logits.numel() // student_logits.shape[-1]
-        return total / _SIZES[reduction](rows, rows if labels is not None else size, student_logits.shape[-1])
+        if items is not None:
+            return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
+        rows = student.numel() // student.shape[-1]
+        return total / _SIZES[reduction](rows, rows if labels is not None else size, student.shape[-1])
 
     @contextmanager
     def scope(self: Any, model: Any, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -8,7 +8,7 @@ from sloth_plugins.patches.kernels.ops.vocab_rows import OPTIONAL, LogitShape, R
 
 pytestmark = pytest.mark.usefixtures("_poisoned")
 
-BLOCK = 8192
+BLOCK = 2048
 SHAPES = {
     "plain": LogitShape(),
     "all": LogitShape(pre=0.5, cap=3.0, post=1.25),
@@ -76,7 +76,9 @@ def test_statistics_and_gradient(vocabulary, shape, smoothing, dtype):
     assert torch.equal(quiet.is_top1, own.pop("is_top1"))
     for name, expected in own.items():
         # With one column or smoothing, sums of this size cancel.
-        assert_accurate(name, getattr(quiet, name), expected, truth[name], cancelling=float(truth["log_sum_exp"].max()))
+        assert_accurate(
+            name, getattr(quiet, name), expected, truth[name], cancelling=2 * float(truth["log_sum_exp"].max())
+        )
 
     written = found(y, at, shape, smoothing, weight, outputs=())
     assert torch.equal(written.log_probs, quiet.log_probs)
@@ -109,7 +111,7 @@ def test_gradient_of_any_function(vocabulary, shape, wants, dtype):
     )
     assert wide[:, vocabulary:].isnan().all()
     plain, exact = (slope(t, loss_of) for t in (given, given.double()))
-    assert_accurate("gradient", y, plain, exact, cancelling=24.0)
+    assert_accurate("gradient", y, plain, exact, cancelling=32.0)
 
 
 MINUS, PLUS, NAN = float("-inf"), float("inf"), float("nan")

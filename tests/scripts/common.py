@@ -35,6 +35,7 @@ OPTIONS = {
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--losses")
+    parser.add_argument("--model", help="a folder; without one, a tiny model with random weights")
     parser.add_argument("--model-type", default="llama")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--checkpointing", action="store_true")
