@@ -91,4 +91,4 @@ def test_the_wheel_patches_a_training_script(wheel, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(target) in done.stdout
-    assert "llama:rms_norm  5        applied" in done.stderr
+    assert "llama:rms_norm       5        applied" in done.stderr

@@ -1,6 +1,6 @@
 """OLMo 2 for sloth-plugins: this file and its entry point are the whole plugin."""
 
-from sloth_plugins.patches.conventions import TINY, glu, layout, modeling, rms_norm, rope
+from sloth_plugins.patches.conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 from sloth_plugins.registry import ArchitectureSpec, hookimpl
 
 OLMO2 = modeling("olmo2")
@@ -15,6 +15,7 @@ def sloth_architectures():
             rms_norm(OLMO2, "Olmo2", "cast_after_weight"),
             rope(OLMO2, "Olmo2", "keep_dtype"),
             glu(OLMO2, "Olmo2"),
+            cross_entropy(OLMO2, "Olmo2"),
         ),
         layout=layout(
             OLMO2,

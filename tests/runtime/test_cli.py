@@ -57,21 +57,23 @@ def test_list_needs_neither_torch_nor_transformers():
 
 def test_a_plan_counts_modules_from_the_config_alone(config):
     output = invoke("plan", "--model", config())
-    assert "llama:rms_norm  7        applies" in output
-    assert "llama:rope      3        applies" in output
+    assert "llama:rms_norm       7        applies" in output
+    assert "llama:rope           3        applies" in output
     plan = json.loads(invoke("plan", "--model", config() / "config.json", "--select", "llama:rope", "--json"))
-    assert [entry["state"] for entry in plan["outcomes"]] == ["off", "applied", "off"]
+    assert [entry["state"] for entry in plan["outcomes"]] == ["off", "applied", "off", "off"]
 
 
 def test_a_plan_says_why_not(config):
     output = invoke("plan", "--model", config(hidden_act="relu"))
-    assert "llama:glu       0        skips    config.hidden_act: needs silu or swish or gelu or " in output
+    assert "llama:glu            0        skips    config.hidden_act: needs silu or swish or gelu or " in output
     assert ", found relu" in output
 
 
 def test_a_plan_of_a_large_model_needs_no_memory(config):
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    assert "llama:rms_norm  161" in invoke("plan", "--model", config(**sizes, num_key_value_heads=8, vocab_size=128256))
+    assert "llama:rms_norm       161" in invoke(
+        "plan", "--model", config(**sizes, num_key_value_heads=8, vocab_size=128256)
+    )
 
 
 def test_an_unknown_architecture_is_said_and_is_no_error(config):

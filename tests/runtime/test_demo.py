@@ -208,11 +208,11 @@ class TestResults:
             "model 1 applied\n"
             "sloth-plugins 0.1.0 (cpu), selection '1'\n"
             "  patch           modules  state    why\n"
-            "  llama:rms_norm  9        applied\n"
-            "  llama:rms_norm  9        applied\n"
-            "  llama:rope      0        skipped  not applied\n"
+            "  llama:rms_norm       9        applied\n"
+            "  llama:rms_norm       9        applied\n"
+            "  llama:rope           0        skipped  not applied\n"
         )
-        assert applied_lines(log) == ["llama:rms_norm  9        applied"]
+        assert applied_lines(log) == ["llama:rms_norm       9        applied"]
 
     def test_equal_runs_pass_when_patches_were_applied(self):
         stock, patched = make_run([2, 1]), make_run([2, 1.0005], True, ["llama:rms_norm 9 applied"])

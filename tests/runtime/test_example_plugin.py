@@ -47,9 +47,9 @@ def test_a_launched_script_is_patched_and_trains_to_the_same_losses(site, tmp_pa
         "train_trainer.py", tmp_path, flag="olmo2:rms_norm+rope+glu", arguments=arguments, **path(site)
     )
     assert patched == pytest.approx(stock, rel=1e-5)
-    assert "olmo2:rms_norm  9        applied" in log
-    assert "olmo2:rope      2        applied" in log
-    assert "olmo2:glu       2        applied" in log
+    assert "olmo2:rms_norm       9        applied" in log
+    assert "olmo2:rope           2        applied" in log
+    assert "olmo2:glu            2        applied" in log
 
 
 def test_it_is_listed_with_its_plugin_and_a_typo_is_caught(site, tmp_path):
@@ -101,7 +101,7 @@ def test_a_broken_plugin_is_one_line_and_training_goes_on(source, said, tmp_path
     losses, log = launch("train_loop.py", tmp_path, flag="1", **path(installed(tmp_path, "broken_plugin", source)))
     assert len(losses) == 6
     assert log.count(said) == 1
-    assert "llama:rms_norm  5        applied" in log
+    assert "llama:rms_norm       5        applied" in log
 
 
 BAD_TARGETS = """
@@ -140,4 +140,4 @@ def test_every_target_that_cannot_be_patched_is_a_reason_in_the_table(tmp_path):
         (line,) = [line for line in log.splitlines() if f"llama:{patch} " in line]
         assert " skipped " in line
         assert reason in line
-    assert "llama:glu             2        applied" in log
+    assert ["llama:glu", "2", "applied"] in [line.split() for line in log.splitlines()]

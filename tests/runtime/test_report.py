@@ -21,21 +21,22 @@ def test_a_patch_goes_by_its_family():
         ["qwen:rms_norm", "9", "applied"],
         ["qwen:rope", "2", "applied"],
         ["qwen:glu", "2", "applied"],
+        ["qwen:cross_entropy", "1", "applied"],
     ]
 
 
 def test_two_of_one_family_in_one_model_go_by_their_own_names():
     shown = text(sloth_plugins.patch(model("qwen2", "qwen3"), "1,-qwen2:rope"))
-    assert "qwen2:rms_norm  5        applied" in shown
-    assert "qwen3:rms_norm  9        applied" in shown
-    assert "qwen2:rope      0        off" in shown
-    assert "qwen3:rope      2        applied" in shown
+    assert "qwen2:rms_norm       5        applied" in shown
+    assert "qwen3:rms_norm       9        applied" in shown
+    assert "qwen2:rope           0        off" in shown
+    assert "qwen3:rope           2        applied" in shown
 
 
 def test_a_plan_has_the_matrix_verdict_and_a_report_has_not():
     plan = text(examine(model("gemma2"), parse("1"), dry=True))
     assert "compat matrix: " in plan
-    assert plan.splitlines()[-1].endswith("(rms_norm, rope, glu)")
+    assert plan.splitlines()[-1].endswith("(rms_norm, rope, glu, cross_entropy)")
     assert "compat matrix" not in text(sloth_plugins.patch(model("gemma2"), "1"))
 
 
