@@ -75,6 +75,19 @@ def _reduce_to(original: type) -> Callable[[Any, Any], Any]:
     return __reduce_ex__
 
 
+def _new_of(original: type) -> Callable[..., Any]:
+    """Whoever makes another of a patched object's class (`type(model).from_pretrained`) gets a stock one."""
+    new: Callable[..., Any] = original.__new__
+
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # Without arguments it is what copies are made with, and those stay what they are.
+        if MARK in vars(cls) and (args or kwargs):
+            return original(*args, **kwargs)
+        return new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
+
+    return __new__
+
+
 _generated: dict[tuple[type, tuple[str, ...]], type] = {}
 
 
@@ -93,6 +106,7 @@ def _generate(original: type, bindings: tuple[Binding, ...]) -> type:
         methods |= binding.methods(_subclass(original, methods) if methods else original)
     members: dict[str, Any] = {
         **methods,
+        "__new__": _new_of(original),
         "__reduce_ex__": _reduce_to(original),
         MARK: Patched(original, _methods_of(original, methods), bindings),
     }

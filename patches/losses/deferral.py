@@ -21,10 +21,11 @@ def obstacle(model: torch.nn.Module, head: Any) -> str | None:
     if type(head) is not torch.nn.Linear:
         kind = type(head)
         return f"lm_head is a {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
-    held = vars(head)
-    if "_hf_hook" in held or is_watched(head):
+    hook = vars(head).get("_hf_hook")
+    if is_watched(head) or not (hook is None or _only_moves_inputs(hook)):
         return "lm_head has hooks"
-    if "forward" in held and getattr(held["forward"], "__func__", None) is not _deferred:
+    held = vars(head).get(_slot(head))
+    if held is not None and getattr(held, "__func__", None) not in (torch.nn.Linear.forward, _deferred):
         return "lm_head's forward was replaced"
     weight = head._parameters.get("weight")
     if type(weight) is not torch.nn.Parameter or hasattr(weight, "ds_id") or hasattr(weight, "_fsdp_flattened"):
@@ -34,6 +35,16 @@ def obstacle(model: torch.nn.Module, head: Any) -> str | None:
     if weight.shape != (head.out_features, head.in_features) or not weight.is_floating_point():
         return "lm_head's weight is sharded or quantised"
     return None
+
+
+def _only_moves_inputs(hook: Any) -> bool:
+    """Whether an accelerate hook is that of a model with a device_map which keeps all weights where they are used."""
+    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+
+
+def _slot(head: torch.nn.Module) -> str:
+    """The attribute that holds the head's own forward: accelerate's hooks move it."""
+    return "_old_forward" if "_hf_hook" in vars(head) else "forward"
 
 
 def _deferred(self: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
@@ -46,14 +57,19 @@ def _deferred(self: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def deferring(head: torch.nn.Linear) -> Iterator[None]:
     """Within it, calls of `head` return `DeferredLogits`. `obstacle` must have found none."""
-    if "forward" in vars(head):  # inside another one
+    slot = _slot(head)
+    held = vars(head).get(slot)
+    if getattr(held, "__func__", None) is _deferred:  # inside another one
         yield
         return
-    head.forward = types.MethodType(_deferred, head)  # type: ignore[method-assign]  # for as long as the model runs
+    setattr(head, slot, types.MethodType(_deferred, head))
     try:
         yield
     finally:
-        vars(head).pop("forward", None)
+        if held is None:
+            vars(head).pop(slot, None)
+        else:
+            setattr(head, slot, held)
 
 
 __all__ = ["DeferredLogits", "deferring", "obstacle"]

@@ -204,3 +204,12 @@ def test_an_interrupt_between_two_halves_of_one_change_is_undone_too(architectur
     assert not any(patched(module) for module in model.modules())
     assert {name: vars(module).get("_old_forward") for name, module in model.named_modules()} == held
     assert_close(gradients(model), gradients(stock))
+
+
+def test_another_of_a_patched_models_class_is_stock(architecture, tmp_path):
+    model = build(*architecture)
+    stock = type(model)
+    sloth_plugins.patch(model)
+    for another in (type(model)(model.config), type(model)._from_config(model.config)):
+        assert type(another) is stock
+        assert not any(map(patched, another.modules()))

@@ -101,6 +101,26 @@ def test_the_head_is_as_before_after_the_forward(model):
     assert vars(model.lm_head) == before
 
 
+def test_the_hooks_of_a_device_map_stay(model):
+    from accelerate.hooks import attach_execution_device_hook
+
+    expected = loss_and_gradients(model, lambda lm: lm(ids(), labels=labels()).loss)
+    attach_execution_device_hook(model.lm_head, torch.device("cpu"))
+    before = dict(vars(model.lm_head))
+    assert obstacle(model, model.lm_head) is None
+    assert deferred(model).pending
+    assert vars(model.lm_head) == before
+    found = loss_and_gradients(patched(model), lambda lm: lm(ids(), labels=labels()).loss)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_offloaded_head_is_refused(model):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", offload=True, weights_map={}))
+    assert "hooks" in obstacle(model, model.lm_head)
+
+
 def test_inference_mode_computes_them(model):
     with torch.inference_mode():
         logits = patched(model)(ids()).logits

@@ -62,6 +62,15 @@ def test_two_processes_patch_both_and_speak_once(tmp_path):
     assert "2 processes" in log
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_metrics_of_logits_gathered_from_all_processes(processes, tmp_path):
+    stock, _ = launch("train_metrics.py", tmp_path, processes=processes)
+    patched, log = launch("train_metrics.py", tmp_path, processes=processes, flag="1")
+    assert len(stock) == 6 + 2 * 3
+    assert patched == pytest.approx(stock, rel=1e-4)
+    assert "llama:cross_entropy  1        applied" in log
+
+
 def test_accelerates_own_cpu_flag_with_two_processes(tmp_path):
     command = [*ACCELERATE, "--num_processes", "2", "--cpu", SCRIPTS / "train_loop.py"]
     done = run(command, tmp_path, flag="1")

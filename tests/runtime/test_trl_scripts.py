@@ -1,10 +1,14 @@
 """Unmodified TRL scripts, with the flag and without: everything that they log is the same, and what they generate."""
 
 import dataclasses
+import json
 import random
+import re
+import sys
 
 import pytest
-from launching import launch
+from launching import launch, run
+from paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -57,3 +61,26 @@ def test_grpo_generates_and_learns_the_same(arithmetic, tmp_path):
     assert_same(stock["logged"], patched["logged"])
     assert any(entry.get("reward_std", 0) > 0 for entry in stock["logged"])
     assert "trl:trl_logprobs" in log
+
+
+SENTENCES = {
+    "sft": [{"messages": [{"role": "user", "content": f"{n}+{n}="}, {"role": "assistant", "content": str(2 * n)}]}
+            for n in range(32)],
+    "dpo": [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": str(n)} for n in range(32)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "orpo", "grpo"])
+def test_the_readmes_script(name, arithmetic, tmp_path):
+    """As it stands there, but for the model, the data, and a machine without a GPU."""
+    script = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (tmp_path / "data.json").write_text(json.dumps(SENTENCES.get("dpo" if name == "orpo" else name, [])))
+    script = script.replace("Qwen/Qwen3-0.6B", str(arithmetic))
+    script = re.sub(r"load_dataset\(\"[\w/-]+\"", 'load_dataset("json", data_files="data.json"', script)
+    limits = "use_cpu=True, bf16=False, max_steps=2, report_to=[], save_strategy='no', "
+    script = re.sub(r"(\w+Config)\(output_dir", rf"\1({limits}output_dir", script)
+    (tmp_path / "script.py").write_text(script)
+    done = run([sys.executable, "script.py"], tmp_path, flag="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"trl:trl_\w+ +1 +applied", done.stderr)
+    assert "'train_loss'" in done.stdout
