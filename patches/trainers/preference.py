@@ -1,11 +1,10 @@
 """ORPO, CPO and SimPO, TPO, online DPO: log-probabilities of completions, without the logits of the batch."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-
-import torch
 
 from ..losses.deferred import DeferredLogits
 from ..losses.handlers import token_statistics
@@ -42,23 +41,23 @@ def odds_ratio(trainer: type) -> dict[str, Any]:
     """ORPO and CPO, which share how they run a batch and sum its log-probabilities."""
     original: Callable[..., Any] = trainer.get_batch_logps  # type: ignore[attr-defined]  # the trainers' own
 
-    def get_batch_logps(
-        logits: Any,
-        labels: torch.Tensor,
-        average_log_prob: bool = False,
-        is_encoder_decoder: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        is_shifted_here = not is_encoder_decoder and not kwargs
-        if not isinstance(logits, DeferredLogits) or not is_shifted_here or logits.shape[:-1] != labels.shape:
-            return original(logits, labels, average_log_prob, is_encoder_decoder, **kwargs)
+    signature = inspect.signature(original)
+
+    def get_batch_logps(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        logits, labels = given["logits"], given["labels"]
+        if not isinstance(logits, DeferredLogits) or given["is_encoder_decoder"] or logits.shape[:-1] != labels.shape:
+            return original(*args, **kwargs)
+        ignored = given.get("label_pad_token_id", IGNORED)
         targets = labels[:, 1:]
         shifted: Any = logits[:, :-1]
-        found = token_statistics(shifted, targets, ignore_index=IGNORED)
+        found = token_statistics(shifted, targets, ignore_index=ignored)
         if found is None:
-            return original(logits, labels, average_log_prob, is_encoder_decoder)
+            return original(*args, **kwargs)
         total = found.log_probs.view(targets.shape).sum(-1)
-        return total / (targets != IGNORED).sum(-1) if average_log_prob else total
+        return total / (targets != ignored).sum(-1) if given["average_log_prob"] else total
 
     return {**within(trainer, _scope, "get_batch_loss_metrics"), "get_batch_logps": staticmethod(get_batch_logps)}
 
