@@ -6,6 +6,7 @@ instance opens a scope in which the dispatcher takes that instance's replacement
 """
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -80,23 +81,25 @@ class ScopedFunction:
         return forward
 
 
-_functions: dict[tuple[str, str], ScopedFunction] = {}
+_functions: dict[tuple[str, str], list[ScopedFunction]] = {}
 
 
 def original_of(function: Function) -> Function:
     """The function behind one of our dispatchers, or the function itself."""
-    for scoped in _functions.values():
+    for scoped in itertools.chain.from_iterable(_functions.values()):
         if function is scoped.dispatcher:
             return scoped.original
     return function
 
 
 def scoped_function(owner: ModuleType, name: str, original: Function) -> ScopedFunction:
-    """The one `ScopedFunction` of `owner.name`, as long as `original` stands behind it."""
-    known = _functions.get((owner.__name__, name))
-    if known is None or known.original is not original:
-        known = _functions[owner.__name__, name] = ScopedFunction(owner, name, original)
-    return known
+    """The one `ScopedFunction` of `owner.name` and this `original`, of which the name may have had several."""
+    known = _functions.setdefault((owner.__name__, name), [])
+    found = next((scoped for scoped in known if scoped.original is original), None)
+    if found is None:
+        found = ScopedFunction(owner, name, original)
+        known.append(found)
+    return found
 
 
 def is_unused_stand_in(function: Any) -> bool:

@@ -9,9 +9,11 @@ from models import KNOWN, assert_close, build, gradients
 
 import sloth_plugins
 from sloth_plugins import discovery
+from sloth_plugins.application import patched
 from sloth_plugins.errors import SlothError
 from sloth_plugins.patching import examine
 from sloth_plugins.registry import hookimpl
+from sloth_plugins.scoped import original_of, scoped_function
 from sloth_plugins.selection import parse
 
 CALLS = []
@@ -75,3 +77,20 @@ def test_two_patches_of_one_target_in_one_model_are_refused_by_name(architecture
         states = {outcome.patch: outcome.state for outcome in report.outcomes}
         assert (states[first], states[second]) == ("applied", "skipped")
         sloth_plugins.revert(model)
+
+
+def test_a_function_that_had_another_original_in_between_is_known_again(architecture, monkeypatch):
+    """What somebody sets for a while, and we are told to patch all the same, leaves nothing behind."""
+    model = build(*architecture)
+    sloth_plugins.patch(model)
+    holders = [b.scoped for m in model.modules() if (state := patched(m)) for b in state.bindings if b.scoped]
+    if not holders:
+        pytest.skip("no function of a module is patched here")
+    scoped = holders[0]
+    assert original_of(getattr(scoped.owner, scoped.name)) is scoped.original
+    other = scoped_function(scoped.owner, scoped.name, lambda q, k: (q, k))
+    assert other is not scoped
+    assert original_of(scoped.dispatcher) is scoped.original
+    assert scoped_function(scoped.owner, scoped.name, scoped.original) is scoped
+    sloth_plugins.revert(model)
+    assert getattr(scoped.owner, scoped.name) is scoped.original
