@@ -24,8 +24,10 @@ def assert_same(stock, patched):
     return losses
 
 
-@pytest.mark.parametrize(("script", "line"), [("train_dpo.py", "trl:trl_logprobs"), ("train_orpo.py", "trl:trl_orpo")])
-@pytest.mark.parametrize("options", [[], ["--checkpointing"]], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    ("script", "line", "options"),
+    [("train_dpo.py", "trl:trl_logprobs", []), ("train_orpo.py", "trl:trl_orpo", ["--checkpointing"])],
+)
 def test_preferences(script, line, options, tmp_path):
     stock, quiet = launch(script, tmp_path, arguments=options)
     patched, log = launch(script, tmp_path, flag="1", arguments=options)
