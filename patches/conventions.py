@@ -86,4 +86,7 @@ def layout(module: str, prefix: str, **differences: Any) -> BlockLayout:
         **{part: f"self_attn.{part}_proj" for part in ("q", "k", "v", "o")},
         **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
     }
-    return BlockLayout(layer=f"{module}:{prefix}DecoderLayer", **{**parts, **differences})
+    called = {
+        "replaces": tuple(f"{module}:{name}" for name in (f"{prefix}Attention", f"{prefix}MLP", "apply_rotary_pos_emb"))
+    }
+    return BlockLayout(layer=f"{module}:{prefix}DecoderLayer", **{**parts, **called, **differences})

@@ -14,7 +14,7 @@ FOUR_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",
 }
-WINDOW = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
+WINDOW = {"sliding_window": "sliding_window"}
 ALTERNATING = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 
@@ -44,7 +44,15 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             glu(GEMMA2, "Gemma2", activation="hidden_activation"),
             cross_entropy(GEMMA2, "Gemma2"),
         ),
-        layout=layout(GEMMA2, "Gemma2", activation="gelu_tanh", **NORM, **FOUR_NORMS, **WINDOW),
+        layout=layout(
+            GEMMA2,
+            "Gemma2",
+            activation="gelu_tanh",
+            softcap="attn_logit_softcapping",
+            **NORM,
+            **FOUR_NORMS,
+            **WINDOW,
+        ),
         tiny={**TINY, **ALTERNATING},
     )
     yield ArchitectureSpec(
@@ -63,6 +71,8 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             activation="gelu_tanh",
             q_norm="self_attn.q_norm",
             k_norm="self_attn.k_norm",
+            # Before, the layer chose between two rotary embeddings itself.
+            requires=("transformers>=5",),
             **NORM,
             **FOUR_NORMS,
             **WINDOW,

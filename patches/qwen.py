@@ -46,7 +46,14 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             rope(QWEN2_5_VL, "Qwen2_5_VL", requires=("transformers>=5.17",)),
             glu(QWEN2_5_VL, "Qwen2"),
         ),
-        layout=layout(QWEN2_5_VL, "Qwen2_5_VL", **WINDOW),
+        layout=layout(
+            QWEN2_5_VL,
+            "Qwen2_5_VL",
+            replaces=(f"{QWEN2_5_VL}:Qwen2_5_VLAttention", f"{QWEN2_5_VL}:Qwen2MLP"),
+            # Before, the rotary embedding came in three sections.
+            requires=("transformers>=5.17",),
+            **WINDOW,
+        ),
         tiny={
             "model_type": "qwen2_5_vl",
             "text_config": {**TINY, "rope_scaling": MROPE, "rope_parameters": MROPE},

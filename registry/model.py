@@ -60,6 +60,72 @@ Status = Supported | Experimental | Unsupported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayout:
+    """Where a decoder layer keeps its parts, as attribute paths below the layer, and how it combines them.
+
+    A part that a family does not have is None. Projections are either separate (`q`, `k`, `v`; `gate`, `up`) or fused
+    (`qkv`; `gate_up`), never both. `norm_offset` is what the family adds to a norm's weight (1.0 in Gemma), and
+    `norm_cast` says whether the normalised row is rounded to the input's dtype before or after the weight is applied.
+    `softcap` and `sliding_window` name config attributes. `replaces` holds the upstream code that the layer calls, as
+    in `Patch`, and `requires` PEP 508 strings: the versions whose layer is as described.
+    """
+
+    layer: str
+    attention_norm: str | None
+    mlp_norm: str | None
+    o: str
+    down: str
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    qkv: str | None = None
+    gate: str | None = None
+    up: str | None = None
+    gate_up: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    norm_cast: Literal["before_weight", "after_weight"] = "before_weight"
+    rotary: Literal["half", "partial_half"] | None = "half"
+    residual: Literal["sequential", "parallel"] = "sequential"
+    softcap: str | None = None
+    sliding_window: str | None = None
+    replaces: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+
+    _CHOICES = MappingProxyType(
+        {
+            "activation": ("silu", "gelu_tanh", "gelu"),
+            "norm": ("rms", "layer"),
+            "norm_cast": ("before_weight", "after_weight"),
+            "rotary": ("half", "partial_half", None),
+            "residual": ("sequential", "parallel"),
+        }
+    )
+
+    def __post_init__(self) -> None:
+        owner = f"BlockLayout of {self.layer!r}"
+        _must_match(OBJECT_PATH, owner, "layer", self.layer, "'package.module:Class'")
+        for part in self.__dataclass_fields__:
+            value = getattr(self, part)
+            if isinstance(value, str) and part not in ("layer", *self._CHOICES):
+                _must_match(ATTRIBUTE_PATH, owner, part, value, "an attribute path such as 'self_attn.q_proj'")
+        _check_requirements(owner, self.requires)
+        for choice, allowed in self._CHOICES.items():
+            if getattr(self, choice) not in allowed:
+                raise SpecError(f"{owner}: {choice}={getattr(self, choice)!r} is not one of {allowed}")
+        separate = (self.q, self.k, self.v)
+        if (self.qkv is None) == (None in separate) or (self.qkv is not None and any(separate)):
+            raise SpecError(f"{owner}: give either q, k and v, or qkv")
+        if (self.up is None) == (self.gate_up is None) or (self.gate is not None and self.up is None):
+            raise SpecError(f"{owner}: give either up (with gate where there is one) or gate_up")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
     """One replacement of one upstream forward or function, or of methods of a trainer.
 
@@ -77,7 +143,8 @@ class Patch:
     holds PEP 508 strings. `fingerprints` holds those of the upstream code that the patch is written for, of the target
     and of the caller, as `sloth_plugins.fingerprint` computes them; with none, code of which the compat matrix has a
     record must be known to it, and any other that fits the signature is patched. A patch with `default=False` runs only
-    when it is selected by name.
+    when it is selected by name. A patch with a `layout` is one of the layer that the layout describes: its factory gets
+    the layout as its second argument.
     """
 
     name: str
@@ -92,6 +159,7 @@ class Patch:
     status: Status = Supported()
     default: bool = True
     summary: str = ""
+    layout: BlockLayout | None = None
 
     def __post_init__(self) -> None:
         owner = f"Patch {self.name!r}"
@@ -128,68 +196,6 @@ def _check_patches(owner: str, patches: tuple[Patch, ...]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise SpecError(f"{owner}: declares patch {name!r} {names.count(name)} times")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockLayout:
-    """Where a decoder layer keeps its parts, as attribute paths below the layer, and how it combines them.
-
-    A part that a family does not have is None. Projections are either separate (`q`, `k`, `v`; `gate`, `up`) or fused
-    (`qkv`; `gate_up`), never both. `norm_offset` is what the family adds to a norm's weight (1.0 in Gemma), and
-    `norm_cast` says whether the normalised row is rounded to the input's dtype before or after the weight is applied.
-    `softcap` and `sliding_window` name config attributes.
-    """
-
-    layer: str
-    attention_norm: str | None
-    mlp_norm: str | None
-    o: str
-    down: str
-    q: str | None = None
-    k: str | None = None
-    v: str | None = None
-    qkv: str | None = None
-    gate: str | None = None
-    up: str | None = None
-    gate_up: str | None = None
-    attention_output_norm: str | None = None
-    mlp_output_norm: str | None = None
-    q_norm: str | None = None
-    k_norm: str | None = None
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
-    norm: Literal["rms", "layer"] = "rms"
-    norm_offset: float = 0.0
-    norm_cast: Literal["before_weight", "after_weight"] = "before_weight"
-    rotary: Literal["half", "partial_half"] | None = "half"
-    residual: Literal["sequential", "parallel"] = "sequential"
-    softcap: str | None = None
-    sliding_window: str | None = None
-
-    _CHOICES = MappingProxyType(
-        {
-            "activation": ("silu", "gelu_tanh", "gelu"),
-            "norm": ("rms", "layer"),
-            "norm_cast": ("before_weight", "after_weight"),
-            "rotary": ("half", "partial_half", None),
-            "residual": ("sequential", "parallel"),
-        }
-    )
-
-    def __post_init__(self) -> None:
-        owner = f"BlockLayout of {self.layer!r}"
-        _must_match(OBJECT_PATH, owner, "layer", self.layer, "'package.module:Class'")
-        for part in self.__dataclass_fields__:
-            value = getattr(self, part)
-            if isinstance(value, str) and part != "layer" and part not in self._CHOICES:
-                _must_match(ATTRIBUTE_PATH, owner, part, value, "an attribute path such as 'self_attn.q_proj'")
-        for choice, allowed in self._CHOICES.items():
-            if getattr(self, choice) not in allowed:
-                raise SpecError(f"{owner}: {choice}={getattr(self, choice)!r} is not one of {allowed}")
-        separate = (self.q, self.k, self.v)
-        if (self.qkv is None) == (None in separate) or (self.qkv is not None and any(separate)):
-            raise SpecError(f"{owner}: give either q, k and v, or qkv")
-        if (self.up is None) == (self.gate_up is None) or (self.gate is not None and self.up is None):
-            raise SpecError(f"{owner}: give either up (with gate where there is one) or gate_up")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from sloth_plugins.registry import Patch, Skip
@@ -22,7 +22,8 @@ Forward = Callable[..., Any]
 class Binding:
     """A patch with its objects: instances of `kind` get `methods(their class)`, `forward` for one, in place of theirs.
 
-    `refuses` says why a module does not get it, or None; it is what the replacement has under that name, if anything.
+    `refuses` says why a module does not get it, or None; it is what the replacement has under that name, if anything,
+    as `methods` of a replacement are those that the class gets beside its forward.
     `drift` says which upstream code is not one that the patch was tested with; None where all is known.
     """
 
@@ -112,7 +113,7 @@ def accepts(replacement: Forward, original: Forward) -> str | None:
 
 def _make(factory: Any, patch: Patch, original: Forward) -> Forward:
     try:
-        replacement = factory(original)
+        replacement = factory(original) if patch.layout is None else factory(original, patch.layout)
     except Exception as error:
         reason = f"replacement {patch.replacement} raised {type(error).__name__}: {error}"
         raise _Refused(Skip(reason)) from error
@@ -231,9 +232,10 @@ def bind(patch: Patch) -> Binding | Skip:
         if isinstance(target, type):
             kind = _class(path, "target")
             original_forward: Forward = kind.forward  # type: ignore[attr-defined]  # `_class` has checked it
-            refuses = getattr(_make(factory, patch, original_forward), "refuses", None)
+            made = _make(factory, patch, original_forward)
+            refuses, others = getattr(made, "refuses", None), getattr(made, "methods", {})
             drift = _drift(patch, path, original_forward, kind, deep=True) or _replaced_drift(patch)
-            methods = _forward(lambda original: _make(factory, patch, original))
+            methods = _forward(lambda original: _make(factory, patch, original), others)
             return Binding(patch, kind, methods, refuses=refuses, drift=drift)
         if patch.within is None:
             return Skip(f"target {path} is a function, so `within` must name the class that calls it")
@@ -254,9 +256,11 @@ def bind(patch: Patch) -> Binding | Skip:
         return refused.skip
 
 
-def _forward(wrap: Callable[[Forward], Forward]) -> Callable[[type], Mapping[str, Any]]:
-    """The methods of a binding that replaces only the forward."""
-    return lambda kind: {"forward": wrap(kind.forward)}  # type: ignore[attr-defined]  # only classes with one are bound
+def _forward(
+    wrap: Callable[[Forward], Forward], others: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[type], Mapping[str, Any]]:
+    """The methods of a binding that replaces the forward, and `others` with it."""
+    return lambda kind: {"forward": wrap(kind.forward), **others}  # type: ignore[attr-defined]  # only such are bound
 
 
 def bind_trainer(patch: Patch, kind: type) -> Binding | Skip:

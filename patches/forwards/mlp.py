@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..kernels import ops
-from .activation import activation_of
+from ..blocks.activation import activation_of
 
 Forward = Callable[..., torch.Tensor]
 

@@ -66,9 +66,9 @@ def activate_fwd_kernel(
 @triton.jit
 def activate_bwd_kernel(
     dy_ptr, x_ptr, dx_ptr, n, blocks, size1, size2, dy0, dy1, dy2, x0, x1, x2, dx0, dx1, dx2,
-    BLOCK: tl.constexpr, NDIM: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr, NDIM: tl.constexpr, ACTIVATION: tl.constexpr, RESTORE: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row; each element is read before it is written, so dx may be x."""
+    """One block of one row; each element is read before it is written, so dx may be x. RESTORE makes dy the output."""
     pid = tl.program_id(0)
     row = pid // blocks
     cols = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -79,15 +79,18 @@ def activate_bwd_kernel(
     dy = tl.load(dy_ptr + dy_at + cols, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + x_at + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + dx_at + cols, (dy * act_grad(x, ACTIVATION)).to(dx_ptr.dtype.element_ty), mask=mask)
+    if RESTORE:
+        tl.store(dy_ptr + dy_at + cols, act(x, ACTIVATION).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
-def activate_fwd(x: torch.Tensor, activation: str) -> torch.Tensor:
+def activate_fwd(x: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return the activation of x; same contract as `reference.activate_fwd`."""
     x = unit_stride(x)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     path = walk(x, y)
     if path is None:
-        return activate_fwd(x.contiguous(), activation)
+        flat = activate_fwd(x.contiguous(), activation)
+        return flat if out is None else out.copy_(flat)
     n, rows, ndim, numbers = path
     blocks = cdiv(n, 2048)
     with on_device_of(x):
@@ -97,18 +100,24 @@ def activate_fwd(x: torch.Tensor, activation: str) -> torch.Tensor:
     return y
 
 
-def activate_bwd(dy: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, activation: str) -> None:
+def activate_bwd(dy: torch.Tensor, x: torch.Tensor, dx: torch.Tensor, activation: str, restore: bool = False) -> None:
     """Write the gradient into `dx`; same contract as `reference.activate_bwd`."""
+    if restore and dy.stride(-1) != 1:
+        raise ValueError("the output is restored only into rows of unit stride")
     dy, x = unit_stride(dy), unit_stride(x)
     path = walk(dy, x, dx)
     if path is None:
         flat = torch.empty(dx.shape, dtype=dx.dtype, device=dx.device)
-        activate_bwd(dy.contiguous(), x.contiguous(), flat, activation)
+        flat_dy = dy.contiguous()
+        activate_bwd(flat_dy, x.contiguous(), flat, activation, restore)
         dx.copy_(flat)
+        if restore and flat_dy is not dy:
+            dy.copy_(flat_dy)
         return
     n, rows, ndim, numbers = path
     blocks = cdiv(n, 1024)
     with on_device_of(x):
         activate_bwd_kernel[(rows * blocks,)](
-            dy, x, dx, n, blocks, *numbers, BLOCK=1024, NDIM=ndim, ACTIVATION=activation, num_warps=4
-        )
+            dy, x, dx, n, blocks, *numbers,
+            BLOCK=1024, NDIM=ndim, ACTIVATION=activation, RESTORE=restore, num_warps=4,
+        )  # fmt: skip

@@ -70,6 +70,11 @@ def saving_is_plain() -> bool:
     return _top_hooks is not None and _top_hooks(False) is None
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward that runs now may run again (retain_graph), so that what it saved must stay as it is."""
+    return _keep_graph is None or bool(_keep_graph())
+
+
 class _Probe(torch.autograd.Function):
     """Shaped as our own functions: inputs saved, counts taken one call below the decorated backward."""
 

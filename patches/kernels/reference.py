@@ -65,23 +65,24 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def rope_fwd(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, keep_dtype: bool
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, keep_dtype: bool, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x * cos + rotate_half(x) * sin on the first R of D features of q and k, rotate_half(a, b) = (-b, a).
 
     q, k [B, heads, S, D] (unsqueeze_dim 1) or [B, S, heads, D] (2); cos, sin [1 or B, S, R]. The outputs have the
-    inputs' strides and the promoted dtype of q and cos, or q's with `keep_dtype`.
+    inputs' strides and the promoted dtype of q and cos, or q's with `keep_dtype`; with `in_place`, which keeps the
+    dtype, they are q and k themselves.
     """
     dtype = torch.promote_types(q.dtype, cos.dtype)
     rotated = cos.shape[-1]
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     outputs = []
     for x in (q, k):
-        out = torch.empty_like(x, dtype=x.dtype if keep_dtype else dtype)
+        out = torch.empty_like(x, dtype=x.dtype if keep_dtype or in_place else dtype)
         part = x[..., :rotated]
         out[..., :rotated] = part * cos + _rotate_half(part) * sin
         out[..., rotated:] = x[..., rotated:]
-        outputs.append(out)
+        outputs.append(x.copy_(out) if in_place else out)
     return outputs[0], outputs[1]
 
 
@@ -173,7 +174,7 @@ def qk_norm_rope_bwd(
     return dws[0], dws[1]
 
 
-def activate_fwd(x: Tensor, activation: str) -> Tensor:
+def activate_fwd(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     """x * s(x), rounded once: for silu s = sigmoid, for gelu the normal distribution, for gelu_tanh its approximation.
 
     The approximation is s(x) = sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 * x^3), which is (1 + tanh(u)) / 2.
@@ -182,7 +183,7 @@ def activate_fwd(x: Tensor, activation: str) -> Tensor:
         y: Tensor = torch.nn.functional.silu(x)
     else:
         y = torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y
+    return y if out is None else out.copy_(y)
 
 
 def _activation_grad(x: Tensor, activation: str) -> Tensor:
@@ -201,27 +202,44 @@ def _activation_grad(x: Tensor, activation: str) -> Tensor:
     return torch.sigmoid(z) * (1 + x * torch.sigmoid(-z) * scale * (1 + 3 * 0.044715 * x.square()))
 
 
-def activate_bwd(dy: Tensor, x: Tensor, dx: Tensor, activation: str) -> None:
-    """dx = dy * (the activation's derivative at x), rounded once into `dx`, which may be x itself."""
+def activate_bwd(dy: Tensor, x: Tensor, dx: Tensor, activation: str, restore: bool = False) -> None:
+    """dx = dy * (the activation's derivative at x), rounded once into `dx`, which may be x itself.
+
+    With `restore`, dy then becomes the activation of x.
+    """
+    y = activate_fwd(x, activation) if restore else None
     dx.copy_(dy.float() * _activation_grad(x.float(), activation))
+    if y is not None:
+        dy.copy_(y)
 
 
-def glu_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activate(gate) rounded to the dtype, times up; any shape, one dtype."""
-    return activate_fwd(gate, activation) * up
+def glu_fwd(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """activate(gate) rounded to the dtype, times up; any shape, one dtype. `out` is written where it is given."""
+    y = activate_fwd(gate, activation) * up
+    return y if out is None else out.copy_(y)
 
 
-def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None, activation: str) -> None:
+def glu_bwd(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    dgate: Tensor | None,
+    dup: Tensor | None,
+    activation: str,
+    restore: bool = False,
+) -> None:
     """dgate = (dy * up rounded to the dtype) * (the activation's derivative at gate), dup = dy * activate(gate).
 
-    Writes those of `dgate` and `dup` that are not None; they may be gate's and up's own buffers.
+    Writes those of `dgate` and `dup` that are not None; they may be gate's and up's own buffers. With `restore`, which
+    needs both, dy then becomes the forward's output.
     """
+    y = glu_fwd(gate, up, activation) if restore else None
     # Both are formed before either is written: dgate may be gate, dup may be up.
     values = (
         None if dgate is None else (dy * up).float() * _activation_grad(gate.float(), activation),
         None if dup is None else dy * activate_fwd(gate, activation),
     )
-    for target, value in zip((dgate, dup), values, strict=True):
+    for target, value in zip((dgate, dup, dy), (*values, y), strict=True):
         if target is not None and value is not None:
             target.copy_(value)
 

@@ -18,7 +18,7 @@ _TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 def _rotate_heads(
     src, dst, cos1, sin1, cos2, sin2, s_head, s_dim, d_head, d_dim,
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    TAIL: tl.constexpr, BLOCK_TAIL: tl.constexpr, MID: tl.constexpr, BACKWARD: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_TAIL: tl.constexpr, MID: tl.constexpr, BACKWARD: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     low = tl.arange(0, BLOCK_HALF).to(tl.int64)[None, :]
     high = low + HALF
@@ -37,6 +37,9 @@ def _rotate_heads(
             out1 = a_cos - (b * sin1).to(MID).to(tl.float32)
             out2 = b_cos + (a * sin2).to(MID).to(tl.float32)
         element = dst.dtype.element_ty
+        if SHARED:
+            # Several threads have read each number, which dst may share with src: none may write before all have.
+            tl.debug_barrier()
         tl.store(dst + heads * d_head + low * d_dim, out1.to(MID).to(element), mask=mask)
         tl.store(dst + heads * d_head + high * d_dim, out2.to(MID).to(element), mask=mask)
         if TAIL > 0:
@@ -54,7 +57,7 @@ def rope_fwd_kernel(
     cos_b, cos_s, cos_d, sin_b, sin_s, sin_d,
     Q_HEADS: tl.constexpr, Q_BLOCK: tl.constexpr, K_HEADS: tl.constexpr, K_BLOCK: tl.constexpr,
     HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, TAIL: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    MID: tl.constexpr, BACKWARD: tl.constexpr,
+    MID: tl.constexpr, BACKWARD: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """All heads of q and of k at one (batch, position); BACKWARD turns the other way."""
     token = tl.program_id(0)
@@ -71,12 +74,12 @@ def rope_fwd_kernel(
     sin2 = tl.load(sin_row + high * sin_d, mask=mask, other=0.0).to(tl.float32)[None, :]
     _rotate_heads(
         q + b * q_b + s * q_s, q_out + b * qo_b + s * qo_s, cos1, sin1, cos2, sin2, q_h, q_d, qo_h, qo_d,
-        Q_HEADS, Q_BLOCK, HALF, BLOCK_HALF, TAIL, BLOCK_TAIL, MID, BACKWARD,
+        Q_HEADS, Q_BLOCK, HALF, BLOCK_HALF, TAIL, BLOCK_TAIL, MID, BACKWARD, SHARED,
     )  # fmt: skip
     if K_HEADS > 0:
         _rotate_heads(
             k + b * k_b + s * k_s, k_out + b * ko_b + s * ko_s, cos1, sin1, cos2, sin2, k_h, k_d, ko_h, ko_d,
-            K_HEADS, K_BLOCK, HALF, BLOCK_HALF, TAIL, BLOCK_TAIL, MID, BACKWARD,
+            K_HEADS, K_BLOCK, HALF, BLOCK_HALF, TAIL, BLOCK_TAIL, MID, BACKWARD, SHARED,
         )  # fmt: skip
 
 
@@ -109,6 +112,7 @@ def _launch(
     most = max(1, 4096 // block_half)
     q_block = min(next_power_of_2(q_heads), most)
     k_block = min(next_power_of_2(max(k_heads, 1)), most)
+    warps = min(8, max(1, q_block * block_half // 512))
     kernel: Any = rope_fwd_kernel
     with on_device_of(q):
         kernel[(q.shape[0] * seq,)](
@@ -119,20 +123,25 @@ def _launch(
             0 if sin.shape[0] == 1 else sin.stride(0), sin.stride(1), sin.stride(2),
             Q_HEADS=q_heads, Q_BLOCK=q_block, K_HEADS=k_heads, K_BLOCK=k_block,
             HALF=half, BLOCK_HALF=block_half, TAIL=tail, BLOCK_TAIL=next_power_of_2(max(tail, 1)),
-            MID=_TL_DTYPE[mid], BACKWARD=backward,
-            num_warps=min(8, max(1, q_block * block_half // 512)),
+            MID=_TL_DTYPE[mid], BACKWARD=backward, SHARED=min(q_block, k_block) * block_half < 32 * warps, num_warps=warps,
             # A fused multiply-add would skip the rounding of the first product in fp32.
             enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def rope_fwd(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int, keep_dtype: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    unsqueeze_dim: int,
+    keep_dtype: bool,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rotated q and k; same contract as `reference.rope_fwd`."""
     dtype = torch.promote_types(q.dtype, cos.dtype)
     out = q.dtype if keep_dtype else dtype
-    q_out, k_out = torch.empty_like(q, dtype=out), torch.empty_like(k, dtype=out)
+    q_out, k_out = (q, k) if in_place else (torch.empty_like(q, dtype=out), torch.empty_like(k, dtype=out))
     _launch(q, q_out, k, k_out, cos, sin, unsqueeze_dim, dtype, False)
     return q_out, k_out
 

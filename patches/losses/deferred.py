@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .notices import say_once
+from ..kernels.notices import say_once
 from .recipe import Recipe
 
 View = Callable[[torch.Tensor], torch.Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..losses.deferral import deferring, obstacle
-from ..losses.notices import say_once
+from ..kernels.notices import say_once
 
 Method = Callable[..., Any]
 Scope = Callable[..., AbstractContextManager[None]]

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from sloth_plugins.patches.forwards.activation import activation_of
+from sloth_plugins.patches.blocks.activation import activation_of
 from sloth_plugins.patches.forwards.glu import gated, gated_fused
 from sloth_plugins.patches.forwards.mlp import plain
 from sloth_plugins.patches.kernels import ops

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_llama import deferred, ids, labels, llama, loss_and_gradients, patched
 
-from sloth_plugins.patches.losses import notices
+from sloth_plugins.patches.kernels import notices
 from sloth_plugins.patches.losses.deferral import obstacle
 from sloth_plugins.patches.losses.deferred import DeferredLogits
 

@@ -12,7 +12,7 @@ from tiny_llama import VOCABULARY, assert_same, deferred, ids, labels, llama, pa
 from torch import nn
 from torch.nn import functional as F
 
-from sloth_plugins.patches.losses import notices
+from sloth_plugins.patches.kernels import notices
 from sloth_plugins.patches.losses.deferred import DeferredLogits
 from sloth_plugins.patches.losses.recipe import StaleLogitsError
 

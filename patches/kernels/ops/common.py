@@ -14,10 +14,9 @@ MAX_ROWS = 2**31 - 2**16
 
 
 @functools.cache
-def _implementation(op: str, backend: str) -> Any:
-    # Late, because the kernel modules exist only where triton does.
-    package = __package__.rpartition(".")[0]
-    return importlib.import_module(f"{package}.{op if backend == 'triton' else 'reference'}")
+def implementation(module: str) -> Any:
+    """A module of kernels by its name; late, because those in Triton exist only where it does."""
+    return importlib.import_module(f"{__package__.rpartition('.')[0]}.{module}")
 
 
 def kernels_for(op: str, *tensors: torch.Tensor) -> Any:
@@ -26,7 +25,7 @@ def kernels_for(op: str, *tensors: torch.Tensor) -> Any:
     if backend is None:
         given = ", ".join(f"{type(t).__name__}({t.dtype}, {t.device}, {tuple(t.shape)})" for t in tensors)
         raise TypeError(f"{op} cannot run on {given} here; ask its supports_ function first")
-    return _implementation(op, backend)
+    return implementation(op if backend == "triton" else "reference")
 
 
 def needs_graph(*tensors: torch.Tensor) -> bool:

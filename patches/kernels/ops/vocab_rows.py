@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..dispatch import backend_for
-from .common import _implementation
+from .common import implementation
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -61,4 +61,4 @@ class RowStatistics:
 
 def rows_implementation(y: torch.Tensor) -> Any:
     """The module whose `log_probs` and `log_probs_gradient` run on y; the torch reference where Triton cannot."""
-    return _implementation("vocab_rows", "triton" if backend_for(y) == "triton" else "reference")
+    return implementation("vocab_rows" if backend_for(y) == "triton" else "reference")

@@ -1,0 +1,1 @@
+"""Decoder layers as two autograd functions with hand-written backwards, for any `BlockLayout`."""

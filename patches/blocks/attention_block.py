@@ -1,0 +1,218 @@
+"""The attention block: norm, q, k and v, rotary embedding, attention, o, and the residual around them."""
+
+from typing import Any
+
+import torch
+
+from ..kernels.once import differentiable_once
+from ..kernels.ops.block_norm import norm_rows, norm_rows_backward
+from ..kernels.ops.common import kernels_for
+from ..kernels.ownership import graph_is_kept
+from .attention import State, attend, attend_backward
+from .policy import Policy
+from .run import Run, in_dtype, rows, stash, unstash
+
+Tensor = torch.Tensor
+
+
+def _heads(run: Run, outputs: list[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, D], k and v [B, S, Hk, D] as views of what the projections gave, separate or fused."""
+    n_q, n_k, dim = run.parts.heads
+    if len(outputs) == 1:
+        q, k, v = outputs[0].split((n_q * dim, n_k * dim, n_k * dim), dim=-1)
+    else:
+        q, k, v = outputs
+    return q.view(*shape, n_q, dim), k.view(*shape, n_k, dim), v.view(*shape, n_k, dim)
+
+
+def _rotate(run: Run, q: Tensor, k: Tensor, made: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """q and k as the attention takes them; in place, unless their norms need them as they were."""
+    norms = run.parts.qk_norms
+    if norms is None:
+        rotated: tuple[Tensor, Tensor] = kernels_for("rope", q, k).rope_fwd(q, k, run.cos, run.sin, 2, True, True)
+        return rotated
+    q_norm, k_norm = norms
+    q_out, k_out, made["q_rstd"], made["k_rstd"] = kernels_for("qk_norm_rope", q, k).qk_norm_rope_fwd(
+        q, k, q_norm.weight, k_norm.weight, run.cos, run.sin,
+        q_norm.eps, k_norm.eps, q_norm.offset, q_norm.cast_before_weight, 2, True,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _unrotate(run: Run, made: dict[str, Any], dq: Tensor, dk: Tensor, to: tuple[Tensor, Tensor]) -> None:
+    """Gradients of q and k before the rotation (and their norms), written into `to`."""
+    norms = run.parts.qk_norms
+    if norms is None:
+        kernels_for("rope", dq, dk).rope_bwd(dq, dk, run.cos, run.sin, 2, *to)
+        return
+    q_norm, k_norm = norms
+    kernels_for("qk_norm_rope", dq, dk).qk_norm_rope_bwd(
+        dq, dk, made["raw_q"], made["raw_k"], q_norm.weight, k_norm.weight, run.cos, run.sin,
+        made["q_rstd"], made["k_rstd"], q_norm.offset, q_norm.cast_before_weight, 2, *to, False, False,
+    )  # fmt: skip
+
+
+def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any], Tensor]:
+    """(what the backward needs, the block's output [T, h]) for the layer's input x [B, S, h].
+
+    What `run.kept` has of an earlier forward is not computed again.
+    """
+    parts, flat, kept = run.parts, rows(x), run.kept
+    shape = (x.shape[0], x.shape[1])
+    made: dict[str, Any] = {}
+    normed = torch.empty(flat.shape, dtype=run.dtype, device=x.device)
+    made["stats"] = norm_rows(flat, parts.attention_norm, normed)
+    made["xa"] = kept["xa"] if kept else parts.qkv.low_rank(normed, run.seeds["qkv"])
+    outputs = parts.qkv.forward(normed, made["xa"])
+    del normed
+    q, k, v = _heads(run, outputs, shape)
+    if parts.qk_norms is not None:
+        made["raw_q"], made["raw_k"] = q, k
+    q, k = _rotate(run, q, k, made)
+    state: State | None = kept.get("state")
+    if state is None:
+        state = attend(run.attention, *(t.transpose(1, 2) for t in (q, k, v)), differentiable=differentiable)
+    made["state"] = state
+    if state.leaves is None:
+        made["v"] = v
+        if parts.qk_norms is None:
+            made["q"], made["k"] = q, k
+    values = _values(state, flat.shape[0])
+    made["xa_o"] = kept["xa_o"] if kept else parts.o.low_rank(values, run.seeds["o"])
+    residual = flat if flat.dtype is run.dtype and parts.attention_output_norm is None else None
+    (out,) = parts.o.forward(values, made["xa_o"], residual)
+    if parts.attention_output_norm is not None:
+        made["o"] = out
+        mid = torch.empty_like(flat)
+        made["o_stats"] = norm_rows(out, parts.attention_output_norm, mid, flat)
+        return made, mid
+    return made, out if residual is not None else flat + out
+
+
+def _values(state: State, n_rows: int) -> Tensor:
+    return state.out.detach().transpose(1, 2).reshape(n_rows, -1)
+
+
+def backward(
+    run: Run, x: Tensor, made: dict[str, Any], grad: Tensor, needs: list[bool], *, need_dx: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(gradient of x, gradients of the adapters of qkv and o) for the gradient [T, h] of the block's output."""
+    parts, flat = run.parts, rows(x)
+    n_needs = len(parts.qkv.parameters())
+    if parts.attention_output_norm is None:
+        dout = in_dtype(grad, run.dtype)
+    else:
+        dout = torch.empty_like(made["o"])
+        norm_rows_backward(grad, made["o"], parts.attention_output_norm, made["o_stats"], dx=dout)
+    state: State = made["state"]
+    values = _values(state, flat.shape[0])
+    dyb = parts.o.low_rank_grad([dout])
+    grads_o = parts.o.adapter_grads([dout], dyb, values, made["xa_o"], run.seeds["o"], needs[n_needs:])
+    dvalues = parts.o.input_grad([dout], dyb, run.seeds["o"])
+    del dout, dyb
+    dqkv = _attention_backward(run, made, state, dvalues.view(*x.shape[:2], -1, parts.heads[2]))
+    dyb = parts.qkv.low_rank_grad(dqkv)
+    if need_dx:
+        dn = parts.qkv.input_grad(dqkv, dyb, run.seeds["qkv"])
+        dx = torch.empty_like(flat)
+        norm_rows_backward(
+            dn, flat, parts.attention_norm, made["stats"], dx=dx, residual_grad=grad, restore=any(needs[:n_needs])
+        )
+    else:
+        dx, dn = None, torch.empty(flat.shape, dtype=run.dtype, device=flat.device)
+        norm_rows_backward(dn, flat, parts.attention_norm, made["stats"], dx=None, restore=True)
+    grads_qkv = parts.qkv.adapter_grads(dqkv, dyb, dn, made["xa"], run.seeds["qkv"], needs[:n_needs])
+    return dx, grads_qkv + grads_o
+
+
+def _attention_backward(run: Run, made: dict[str, Any], state: State, grad: Tensor) -> list[Tensor]:
+    """Gradients [T, n] of what the projections of q, k and v gave, for that [B, S, H, D] of the values."""
+    norms = run.parts.qk_norms
+    if state.leaves is not None:
+        q = k = v = None
+    elif norms is None:
+        q, k, v = made["q"], made["k"], made["v"]
+    else:
+        q, k = _rotate(run, made["raw_q"], made["raw_k"], made)
+        v = made["v"]
+    taken = [grad if t is None else t.transpose(1, 2) for t in (q, k, v)]
+    dq, dk, dv = (
+        t.transpose(1, 2)
+        for t in attend_backward(run.attention, state, taken[0], taken[1], taken[2], grad.transpose(1, 2))
+    )
+    n_rows = grad.shape[0] * grad.shape[1]
+    n_q, n_k, dim = run.parts.heads
+    if len(run.parts.qkv.projections) == 1:
+        joint = torch.empty((n_rows, (n_q + 2 * n_k) * dim), dtype=grad.dtype, device=grad.device)
+        to_q, to_k, to_v = _heads(run, [joint], (grad.shape[0], grad.shape[1]))
+        _unrotate(run, made, dq, dk, (to_q, to_k))
+        to_v.copy_(dv)
+        return [joint]
+    # The attention's gradients are nobody else's, so they are turned back where they lie.
+    to = dq, dk
+    if norms is not None and not (dq.is_contiguous() and dk.is_contiguous()):
+        to = (
+            torch.empty_like(dq, memory_format=torch.contiguous_format),
+            torch.empty_like(dk, memory_format=torch.contiguous_format),
+        )
+    _unrotate(run, made, dq, dk, to)
+    return [t.reshape(n_rows, -1) for t in (*to, dv)]
+
+
+class AttentionBlock(torch.autograd.Function):
+    """x [B, S, h] to x plus the attention of its norm; `params` are those of the adapters of qkv and o, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, x: Tensor, *params: Tensor) -> Tensor:
+        """The block's output [B, S, h]."""
+        needs_graph = any(ctx.needs_input_grad)
+        keeps = run.policy is Policy.KEEP
+        made, out = forward(run, x, differentiable=needs_graph and run.policy is not Policy.INPUT)
+        ctx.run = run
+        if needs_graph and not keeps:
+            run.kept = {name: made[name] for name in ("xa", "xa_o")}
+            if run.policy is Policy.ATTENTION:
+                run.kept["state"] = made["state"]
+        if needs_graph:
+            stash(ctx, _flat(made) if keeps else {}, x, *params)
+        return out.view(x.shape)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Gradients of x and of the adapters."""
+        run: Run = ctx.run
+        n_inputs = len(ctx.needs_input_grad) - 1
+        (x, *_), made = unstash(ctx, n_inputs)
+        repeatable = graph_is_kept()
+        if run.policy is Policy.KEEP:
+            made = _unflat(made)
+        elif run.recomputed is not None:
+            made = run.recomputed
+        else:
+            made, _ = forward(run, x, differentiable=True)
+        run.recomputed = None
+        if not repeatable:
+            run.release()
+        dx, grads = backward(
+            run, x, made, rows(grad), list(ctx.needs_input_grad[2:]),
+            need_dx=ctx.needs_input_grad[1],
+        )  # fmt: skip
+        return None, None if dx is None else dx.view(x.shape), *grads
+
+
+def _flat(made: dict[str, Any]) -> dict[str, Any]:
+    """With the tensors of a kernel's state beside the others, so that they are saved as such."""
+    state: State = made["state"]
+    if state.leaves is not None:
+        return made
+    statistics = {f"statistic{i}": value for i, value in enumerate(state.statistics)}
+    return {**{name: value for name, value in made.items() if name != "state"}, **statistics,
+            "out": state.out, "backend": state.backend}  # fmt: skip
+
+
+def _unflat(made: dict[str, Any]) -> dict[str, Any]:
+    if "state" in made:
+        return made
+    statistics = tuple(made[f"statistic{i}"] for i in range(sum(name.startswith("statistic") for name in made)))
+    return {**made, "state": State(made["out"], made["backend"], statistics)}

@@ -1,0 +1,144 @@
+"""The MLP block: norm, gate and up, activation, down, and the residual around them."""
+
+from typing import Any
+
+import torch
+
+from ..kernels.once import differentiable_once
+from ..kernels.ops.block_norm import norm_rows, norm_rows_backward
+from ..kernels.ops.common import kernels_for
+from ..kernels.ownership import graph_is_kept
+from . import attention_block
+from .policy import Policy
+from .run import Run, in_dtype, rows, stash, unstash
+
+Tensor = torch.Tensor
+
+
+def _gate_and_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if len(outputs) == 1:
+        gate, up = outputs[0].chunk(2, dim=-1)
+        return gate, up
+    return outputs[0], outputs[1]
+
+
+def _activate(run: Run, outputs: list[Tensor]) -> Tensor:
+    if not run.parts.is_gated:
+        hidden: Tensor = kernels_for("activation", outputs[0]).activate_fwd(outputs[0], run.parts.activation)
+        return hidden
+    gate, up = _gate_and_up(outputs)
+    hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    kernels_for("glu", gate, up).glu_fwd(gate, up, run.parts.activation, hidden)
+    return hidden
+
+
+def _activate_backward(run: Run, outputs: list[Tensor], dhidden: Tensor, overwrite: bool) -> list[Tensor]:
+    """Gradients of the outputs, in their memory if `overwrite`; dhidden becomes the hidden features again."""
+    grads = outputs if overwrite else [torch.empty_like(t) for t in outputs]
+    if run.parts.is_gated:
+        gate, up = _gate_and_up(outputs)
+        dgate, dup = _gate_and_up(grads)
+        kernels_for("glu", gate, up).glu_bwd(dhidden, gate, up, dgate, dup, run.parts.activation, True)
+    else:
+        kernels_for("activation", dhidden).activate_bwd(dhidden, outputs[0], grads[0], run.parts.activation, True)
+    return grads
+
+
+def _up(run: Run, mid: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
+    """The norm's statistics, and the outputs of gate and up."""
+    parts = run.parts
+    normed = torch.empty(mid.shape, dtype=run.dtype, device=mid.device)
+    stats = norm_rows(mid, parts.mlp_norm, normed)
+    xa = kept["xa"] if kept else parts.up.low_rank(normed, run.seeds["up"])
+    return {"stats": stats, "xa": xa, "outputs": parts.up.forward(normed, xa)}
+
+
+def forward(run: Run, mid: Tensor, residual: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """(what the backward needs, the block's output [T, h]) for the norm's input and the residual, both [T, h]."""
+    parts = run.parts
+    made = _up(run, mid, {})
+    hidden = _activate(run, made["outputs"])
+    made["xa_down"] = parts.down.low_rank(hidden, run.seeds["down"])
+    added = residual if residual.dtype is run.dtype and parts.mlp_output_norm is None else None
+    (out,) = parts.down.forward(hidden, made["xa_down"], added)
+    if parts.mlp_output_norm is not None:
+        made["down"] = out
+        total = torch.empty_like(residual)
+        made["down_stats"] = norm_rows(out, parts.mlp_output_norm, total, residual)
+        return made, total
+    return made, out if added is not None else residual + out
+
+
+def backward(
+    run: Run, mid: Tensor, made: dict[str, Any], grad: Tensor, needs: list[bool], *, need_dx: bool, overwrite: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(gradient of the norm's input, with the residual's unless parallel; gradients of the adapters of up and down)."""
+    parts = run.parts
+    n_needs = len(parts.up.parameters())
+    if parts.mlp_output_norm is None:
+        dout = in_dtype(grad, run.dtype)
+    else:
+        dout = torch.empty_like(made["down"])
+        norm_rows_backward(grad, made["down"], parts.mlp_output_norm, made["down_stats"], dx=dout)
+    dyb = parts.down.low_rank_grad([dout])
+    dhidden = parts.down.input_grad([dout], dyb, run.seeds["down"])
+    dups = _activate_backward(run, made["outputs"], dhidden, overwrite)
+    grads_down = parts.down.adapter_grads([dout], dyb, dhidden, made["xa_down"], run.seeds["down"], needs[n_needs:])
+    del dhidden, dout
+    dyb = parts.up.low_rank_grad(dups)
+    dn = parts.up.input_grad(dups, dyb, run.seeds["up"])
+    dx = torch.empty_like(mid) if need_dx else None
+    norm_rows_backward(
+        dn, mid, parts.mlp_norm, made["stats"],
+        dx=dx, residual_grad=None if parts.is_parallel else grad, restore=any(needs[:n_needs]),
+    )  # fmt: skip
+    grads_up = parts.up.adapter_grads(dups, dyb, dn, made["xa"], run.seeds["up"], needs[:n_needs])
+    return dx, grads_up + grads_down
+
+
+class MLPBlock(torch.autograd.Function):
+    """mid plus the MLP of its norm; in a parallel layer, mid plus the MLP of the norm of the layer's input x.
+
+    x and mid [B, S, h]; `params` are those of the adapters of gate, up and down, in order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, x: Tensor, mid: Tensor, *params: Tensor) -> Tensor:
+        """The layer's output [B, S, h]."""
+        source = x if run.parts.is_parallel else mid
+        made, out = forward(run, rows(source), rows(mid))
+        ctx.run = run
+        if any(ctx.needs_input_grad):
+            if run.policy is Policy.KEEP:
+                outputs = made.pop("outputs")
+                stash(ctx, {**made, **{f"output{i}": t for i, t in enumerate(outputs)}}, source, *params)
+            else:
+                made.pop("outputs")
+                stash(ctx, made, x, *params)
+        return out.view(x.shape)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Gradients of x (in a parallel layer), of mid and of the adapters."""
+        run: Run = ctx.run
+        parallel = run.parts.is_parallel
+        (source, *_), made = unstash(ctx, len(ctx.needs_input_grad) - 2)
+        flat, shape = rows(grad), source.shape
+        repeatable = graph_is_kept()
+        overwrite = run.may_overwrite and not repeatable
+        if run.policy is Policy.KEEP:
+            made["outputs"] = [made[f"output{i}"] for i in range(len(run.parts.up.projections))]
+            mid = rows(source)
+        else:
+            mid, overwrite = rows(source), True
+            if not parallel:
+                run.recomputed, mid = attention_block.forward(run, source, differentiable=True)
+            made |= _up(run, mid, made)
+        need_x, need_mid = ctx.needs_input_grad[1:3]
+        dx, grads = backward(
+            run, mid, made, flat, list(ctx.needs_input_grad[3:]), need_dx=need_x if parallel else need_mid,
+            overwrite=overwrite,
+        )  # fmt: skip
+        dx = None if dx is None else dx.view(shape)
+        return None, *((dx, grad) if parallel else (None, dx)), *grads

@@ -1,0 +1,208 @@
+"""From a decoder layer and its `BlockLayout` to `Parts`: what it computes, or why it cannot run fused."""
+
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ..kernels.ops.block_norm import Norm
+from .activation import activation_of
+from .adapters import load_adapters
+from .group import Group
+from .projection import Refused, check_call, check_frozen, read
+from .run import Parts
+
+# Longer rows are not held by one program.
+MAX_HIDDEN = 16384
+ACTIVATION_NAMES = ("act_fn", "activation_fn")
+# Children of an attention that take no part in its forward: upstream computes the tables once for the model.
+IDLE = frozenset({"rotary_emb"})
+
+
+class Layout(Protocol):
+    """What is asked of a `BlockLayout`."""
+
+    layer: str
+    attention_norm: str | None
+    attention_output_norm: str | None
+    mlp_norm: str | None
+    mlp_output_norm: str | None
+    q: str | None
+    k: str | None
+    v: str | None
+    qkv: str | None
+    o: str
+    gate: str | None
+    up: str | None
+    gate_up: str | None
+    down: str
+    q_norm: str | None
+    k_norm: str | None
+    norm: str
+    norm_offset: float
+    norm_cast: str
+    residual: str
+
+
+@functools.cache
+def _packages(layer: str) -> frozenset[str]:
+    return frozenset({layer.partition(".")[0], "transformers", "torch", "sloth_plugins"})
+
+
+def _get(layer: torch.nn.Module, path: str) -> Any:
+    found: Any = layer
+    for name in path.split("."):
+        found = found._modules.get(name)
+        if found is None:
+            raise Refused(f"it has no {path}")
+    return found
+
+
+def _own(module: torch.nn.Module, name: str, layout: Layout) -> torch.nn.Module:
+    """The module, provided that its forward is upstream's or ours, and that nobody watches it."""
+    check_call(module, name)
+    forward: Any = type(module).forward
+    package = (getattr(forward, "__module__", None) or "").partition(".")[0]
+    if package not in _packages(layout.layer):
+        raise Refused(f"the forward of {name} was replaced by {package}")
+    return module
+
+
+def _norm(layer: torch.nn.Module, path: str | None, layout: Layout, device: torch.device) -> Norm | None:
+    if path is None:
+        return None
+    norm = _own(_get(layer, path), path, layout)
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if weight is None or weight.dim() != 1:
+        raise Refused(f"{path} has no weight")
+    for tensor in (weight, bias):
+        if tensor is not None:
+            check_frozen(tensor, path, device)
+    eps = getattr(norm, "variance_epsilon", None)
+    return Norm(
+        weight,
+        bias,
+        norm.eps if eps is None else eps,
+        layout.norm_offset,
+        layout.norm == "rms" and layout.norm_cast == "before_weight",
+        layout.norm == "layer",
+    )
+
+
+def _parent(layer: torch.nn.Module, path: str) -> tuple[str, torch.nn.Module]:
+    name = path.rpartition(".")[0]
+    return name, _get(layer, name)
+
+
+def _check_children(layer: torch.nn.Module, attention: Any, mlp: Any, layout: Layout) -> None:
+    """Raise `Refused` for a module that the layout does not describe, unless it is dropout that does nothing."""
+    described = {
+        path
+        for field in (
+            "attention_norm",
+            "attention_output_norm",
+            "mlp_norm",
+            "mlp_output_norm",
+            "q",
+            "k",
+            "v",
+            "qkv",
+            "o",
+            "gate",
+            "up",
+            "gate_up",
+            "down",
+            "q_norm",
+            "k_norm",
+        )  # fmt: skip
+        if (path := getattr(layout, field)) is not None
+    }
+    (attention_name, attention), (mlp_name, mlp) = attention, mlp
+    described |= {attention_name, mlp_name} | {f"{mlp_name}.{name}" for name in ACTIVATION_NAMES}
+    described |= {f"{attention_name}.{name}" for name in IDLE}
+    for prefix, parent in (("", layer), (f"{attention_name}.", attention), (f"{mlp_name}.", mlp)):
+        for name, child in parent._modules.items():
+            if child is None or prefix + name in described:
+                continue
+            if isinstance(child, torch.nn.Dropout) and (child.p == 0.0 or not child.training):
+                check_call(child, prefix + name)
+                continue
+            what = "dropout" if isinstance(child, torch.nn.Dropout) else type(child).__qualname__
+            raise Refused(f"{prefix + name} is {what}, which the layout does not describe")
+
+
+def _heads(attention: Any, qkv: Group, o: Group) -> tuple[int, int, int]:
+    dim = getattr(attention, "head_dim", None)
+    if not isinstance(dim, int) or o.k % dim:
+        raise Refused(f"head_dim {dim} does not divide the {o.k} features of the attention")
+    rows = [projection.shape[0] for projection in qkv.projections]
+    if len(rows) == 1:
+        n_k = (rows[0] - o.k) // 2
+    else:
+        n_k = rows[1]
+    if sum(rows) != o.k + 2 * n_k or n_k % dim or not n_k or o.k % n_k:
+        raise Refused(f"projections of {rows} rows are not heads of {dim} features")
+    return o.k // dim, n_k // dim, dim
+
+
+def _group(layer: torch.nn.Module, paths: Sequence[str | None], x: torch.Tensor, dtype: torch.dtype) -> Group:
+    return Group([read(_get(layer, path), path, x, dtype) for path in paths if path is not None], dtype)
+
+
+def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: torch.dtype) -> Parts:
+    """What the layer computes for an input like x [B, S, h], products being in `dtype`. Raises `Refused`."""
+    if x.shape[-1] > MAX_HIDDEN:
+        raise Refused(f"a hidden size of {x.shape[-1]} is more than {MAX_HIDDEN}")
+    attention, mlp = _parent(layer, layout.o), _parent(layer, layout.down)
+    _check_children(layer, attention, mlp, layout)
+    for name, module in (attention, mlp):
+        _own(module, name, layout)
+    qkv = _group(layer, (layout.qkv, layout.q, layout.k, layout.v), x, dtype)
+    o = _group(layer, (layout.o,), x, dtype)
+    up = _group(layer, (layout.gate_up, layout.gate, layout.up), x, dtype)
+    down = _group(layer, (layout.down,), x, dtype)
+    activation = next((getattr(mlp[1], name) for name in ACTIVATION_NAMES if hasattr(mlp[1], name)), None)
+    known = activation_of(activation)
+    if known is None:
+        raise Refused(f"the activation is {type(activation).__qualname__}")
+    device = x.device
+    attention_norm = _norm(layer, layout.attention_norm, layout, device)
+    q_norm, k_norm = _norm(layer, layout.q_norm, layout, device), _norm(layer, layout.k_norm, layout, device)
+    if attention_norm is None:
+        raise Refused("it has no norm before its attention")
+    mlp_norm = _norm(layer, layout.mlp_norm, layout, device)
+    parts = Parts(
+        qkv=qkv,
+        o=o,
+        up=up,
+        down=down,
+        heads=_heads(attention[1], qkv, o),
+        attention_norm=attention_norm,
+        attention_output_norm=_norm(layer, layout.attention_output_norm, layout, device),
+        mlp_norm=mlp_norm or attention_norm,
+        mlp_output_norm=_norm(layer, layout.mlp_output_norm, layout, device),
+        qk_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),
+        activation=known,
+        is_gated=layout.gate is not None or layout.gate_up is not None,
+        is_parallel=layout.residual == "parallel",
+    )
+    load_adapters(layer, parts.groups, dtype)
+    return parts
+
+
+def attention_function(attention: torch.nn.Module) -> tuple[Any, str]:
+    """(upstream's function for the implementation that the config names, its name), as upstream would look it up."""
+    upstream = next(kind for kind in type(attention).__mro__ if not kind.__module__.startswith("sloth_plugins"))
+    names: Mapping[str, Any] = vars(sys.modules[upstream.__module__])
+    functions, eager = names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")
+    implementation = getattr(attention.config, "_attn_implementation", None)
+    if functions is None or eager is None or not isinstance(implementation, str):
+        raise Refused("upstream's attention has no table of implementations")
+    if implementation == "eager":
+        return eager, implementation
+    try:
+        return functions[implementation], implementation
+    except KeyError:
+        raise Refused(f"attn_implementation {implementation!r} is not installed") from None

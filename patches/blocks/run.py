@@ -1,0 +1,91 @@
+"""What both functions of a decoder layer know about one call of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..kernels.ops.block_norm import Norm
+from .attention import Attention
+from .group import Group
+from .policy import Policy
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """A decoder layer, read: groups of projections, norms, and how its pieces are joined.
+
+    `heads` is (query heads, key heads, features of a head). `norms` are those before and after the attention and the
+    MLP: (attention, attention output, mlp, mlp output), None where there is none; a parallel layer's MLP has the
+    attention's. `qk_norms` are those of q and k, per head.
+    """
+
+    qkv: Group
+    o: Group
+    up: Group
+    down: Group
+    heads: tuple[int, int, int]
+    attention_norm: Norm
+    attention_output_norm: Norm | None
+    mlp_norm: Norm
+    mlp_output_norm: Norm | None
+    qk_norms: tuple[Norm, Norm] | None
+    activation: str
+    is_gated: bool
+    is_parallel: bool
+
+    @property
+    def groups(self) -> tuple[Group, Group, Group, Group]:
+        """All groups."""
+        return self.qkv, self.o, self.up, self.down
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One call of a layer. `dtype` is what products are computed in; the residual stream may be wider.
+
+    `seeds` are those of the dropout masks, one for each projection of the groups in order. `kept` and `recomputed` are
+    what the attention block leaves for later under a policy other than KEEP.
+    """
+
+    parts: Parts
+    policy: Policy
+    dtype: torch.dtype
+    attention: Attention
+    cos: Tensor
+    sin: Tensor
+    seeds: dict[str, Sequence[int]]
+    may_overwrite: bool
+    kept: dict[str, Any] = field(default_factory=dict)
+    recomputed: dict[str, Any] | None = None
+
+    def release(self) -> None:
+        """Let go of what was kept, once the backward has run."""
+        self.kept, self.recomputed = {}, None
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [B, S, N] as [B * S, N] with unit stride in a row, copied only if it must be."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself if it has the dtype."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def stash(ctx: Any, tensors: dict[str, Any], *inputs: Tensor) -> None:
+    """Save a call's inputs and the tensors among `tensors` for backward; what is no tensor stays with ctx."""
+    names = [name for name, value in tensors.items() if isinstance(value, Tensor)]
+    ctx.names, ctx.others = names, {name: value for name, value in tensors.items() if name not in names}
+    ctx.save_for_backward(*inputs, *(tensors[name] for name in names))
+
+
+def unstash(ctx: Any, n_inputs: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """(the inputs, the tensors by name) as `stash` had them."""
+    saved = ctx.saved_tensors
+    return saved[:n_inputs], {**ctx.others, **dict(zip(ctx.names, saved[n_inputs:], strict=True))}

@@ -1,0 +1,67 @@
+"""Dequantisation of bitsandbytes' four-bit weights in Triton: one launch, from packed bytes to rows of any stride."""
+# Kernels are written in Triton's language, not in typed Python.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import on_device_of
+from .four_bit_weight import FourBit
+from .rows import cdiv
+
+_TILE = 4096
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def dequantize_kernel(
+    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, cols, stride, tiles,
+    TILE: tl.constexpr, UNIT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One tile of one row, in units of 8 elements (a 32-bit word) that lie in one row and one block, or of 1."""
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    start = (pid % tiles) * TILE
+    # Of the tile's first element among all. What is added to it in a tile stays in 32 bits.
+    first = row * cols + start
+    at = tl.arange(0, TILE // UNIT) * UNIT
+    inside = start + at < cols
+    within = tl.arange(0, UNIT)
+    if UNIT == 8:
+        words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + first // 8 + at // 8, mask=inside, other=0)
+        # A word's lowest byte comes first, and in each byte the high nibble.
+        nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
+    else:
+        odd = (first % 2).to(tl.int32) + at
+        bytes_ = tl.load(packed_ptr + first // 2 + odd // 2, mask=inside, other=0).to(tl.int32)
+        nibbles = ((bytes_ >> ((odd & 1) ^ 1) * 4) & 15)[:, None]
+    block0 = first // BLOCKSIZE
+    block = ((first % BLOCKSIZE).to(tl.int32) + at) // BLOCKSIZE
+    scale = tl.load(absmax_ptr + block0 + block, mask=inside, other=0)
+    if NESTED:
+        nested = ((block0 % NESTED).to(tl.int32) + block) // NESTED
+        outer = tl.load(nested_absmax_ptr + block0 // NESTED + nested, mask=inside, other=0.0)
+        # Two roundings: the launcher forbids to fuse them.
+        scale = tl.load(nested_code_ptr + scale.to(tl.int32)) * outer + tl.load(offset_ptr)
+    values = (tl.load(code_ptr + nibbles) * scale[:, None]).to(DTYPE).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * stride + start + (at[:, None] + within[None, :]), values, mask=inside[:, None])
+
+
+def dequantize(weight: FourBit, out: torch.Tensor) -> None:
+    """Write the weight into `out`; same contract as `reference_four_bit.dequantize`, but out's inner stride is 1."""
+    (rows, cols), stride = weight.shape, out.stride(0)
+    if (stride == cols or rows == 1) and rows * cols < 2**31 - _TILE:
+        # One long row: tiles need not end where rows do.
+        rows, cols = 1, rows * cols
+    unit = 8 if cols % 8 == 0 and weight.packed.data_ptr() % 4 == 0 else 1
+    tile = min(_TILE, max(8, triton.next_power_of_2(cols)))
+    tiles = cdiv(cols, tile)
+    nested = weight.nested_absmax is not None
+    with on_device_of(out):
+        dequantize_kernel[(rows * tiles,)](
+            weight.packed, weight.absmax, weight.code, weight.nested_absmax if nested else weight.code,
+            weight.nested_code if nested else weight.code, weight.offset if nested else weight.code, out,
+            cols, stride, tiles, TILE=tile, UNIT=unit, BLOCKSIZE=weight.blocksize, NESTED=weight.nested_blocksize,
+            DTYPE=_DTYPES[weight.dtype], num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -1,0 +1,77 @@
+"""The kernels of decoder blocks in plain torch, with the functions of the Triton modules."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .ops.block_norm import Norm
+
+Tensor = torch.Tensor
+
+
+def _normed(x: Tensor, norm: "Norm", stats: Tensor) -> tuple[Tensor, Tensor]:
+    """xhat and the norm's output, both in fp32."""
+    x32 = x.float()
+    xhat = (x32 - stats[1].unsqueeze(-1) if norm.is_layer else x32) * stats[0].unsqueeze(-1)
+    y = (xhat.to(x.dtype).float() if norm.cast_before_weight else xhat) * (norm.offset + norm.weight.float())
+    return xhat, y if norm.bias is None else y + norm.bias.float()
+
+
+def block_norm_fwd(x: Tensor, norm: "Norm", residual: Tensor | None, out: Tensor, stats: Tensor) -> None:
+    """out = xhat * (offset + weight) + bias + residual; stats[0] = rstd, and stats[1] = mean of a LayerNorm.
+
+    x, residual, out [T, N]; stats [1 or 2, T] in fp32. xhat = (x - mean) * rstd, the mean being 0 in an RMSNorm. The
+    norm's output is rounded to x's dtype before a residual is added.
+    """
+    centred = x.float()
+    if norm.is_layer:
+        stats[1] = centred.mean(-1)
+        centred = centred - stats[1].unsqueeze(-1)
+    stats[0] = torch.rsqrt(centred.square().mean(-1) + norm.eps)
+    _, y = _normed(x, norm, stats)
+    out.copy_(y if residual is None else y.to(x.dtype).float() + residual.float())
+
+
+def block_norm_bwd(
+    dn: Tensor,
+    x: Tensor,
+    norm: "Norm",
+    stats: Tensor,
+    residual_grad: Tensor | None,
+    dx: Tensor | None,
+    restore: bool,
+) -> None:
+    """With g = dn * (offset + weight): dx = rstd * (g - xhat * mean(g * xhat) [- mean(g)]) + residual_grad.
+
+    dx [T, N], which may be `residual_grad`, or None; with `restore`, dn becomes the norm's output.
+    """
+    xhat, y = _normed(x, norm, stats)
+    if dx is not None:
+        g = dn.float() * (norm.offset + norm.weight.float())
+        if norm.cast_before_weight:
+            g = g.to(x.dtype).float()
+        grad = g - xhat * (g * xhat).mean(-1, keepdim=True)
+        if norm.is_layer:
+            grad = grad - g.mean(-1, keepdim=True)
+        grad = grad * stats[0].unsqueeze(-1)
+        dx.copy_(grad if residual_grad is None else grad + residual_grad.float())
+    if restore:
+        dn.copy_(y)
+
+
+def _mask(x: Tensor, p: float, seed: int) -> Tensor:
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    return torch.rand(x.shape, generator=generator, device=x.device) >= p
+
+
+def dropout_fwd(x: Tensor, p: float, seed: int, out: Tensor) -> None:
+    """out = mask * x / (1 - p), the mask drawn from a generator with that seed."""
+    out.copy_(torch.where(_mask(x, p, seed), x.float() * (0.0 if p >= 1.0 else 1.0 / (1.0 - p)), 0.0))
+
+
+def dropout_add(x: Tensor, p: float, seed: int, total: Tensor) -> None:
+    """total += what `dropout_fwd` would write."""
+    out = torch.empty_like(x)
+    dropout_fwd(x, p, seed, out)
+    total.add_(out)
