@@ -87,6 +87,8 @@ def layout(module: str, prefix: str, **differences: Any) -> BlockLayout:
         **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
     }
     called = {
-        "replaces": tuple(f"{module}:{name}" for name in (f"{prefix}Attention", f"{prefix}MLP", "apply_rotary_pos_emb"))
+        "replaces": tuple(
+            f"{module}:{name}" for name in (f"{prefix}Attention.forward", f"{prefix}MLP", "apply_rotary_pos_emb")
+        )
     }
     return BlockLayout(layer=f"{module}:{prefix}DecoderLayer", **{**parts, **called, **differences})

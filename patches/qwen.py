@@ -49,7 +49,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         layout=layout(
             QWEN2_5_VL,
             "Qwen2_5_VL",
-            replaces=(f"{QWEN2_5_VL}:Qwen2_5_VLAttention", f"{QWEN2_5_VL}:Qwen2MLP"),
+            replaces=(f"{QWEN2_5_VL}:Qwen2_5_VLAttention.forward", f"{QWEN2_5_VL}:Qwen2MLP"),
             # Before, the rotary embedding came in three sections.
             requires=("transformers>=5.17",),
             **WINDOW,

@@ -14,12 +14,22 @@ LAYERS = {
         {"torch", "triton", "sloth_plugins.patches.kernels"},
         {"transformers", "peft", "sloth_plugins"},
     ),
+    "patches/blocks": (
+        {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.blocks"},
+        {"transformers", "peft", "triton", "sloth_plugins"},
+    ),
     "patches/losses": (
         {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.losses"},
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
     "patches/forwards": (
-        {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.losses", "sloth_plugins.patches.forwards"},
+        {
+            "torch",
+            "sloth_plugins.patches.kernels",
+            "sloth_plugins.patches.blocks",
+            "sloth_plugins.patches.losses",
+            "sloth_plugins.patches.forwards",
+        },
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
     "patches/trainers": (

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..kernels.ownership import graph_is_kept
+
 Tensor = torch.Tensor
 _aten = torch.ops.aten
 
@@ -74,7 +76,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for the gradient [B, H, S, D] of the output; q, k and v as `attend` had them."""
     if state.leaves is not None:
-        dq, dk, dv = torch.autograd.grad(state.out, state.leaves, grad)
+        dq, dk, dv = torch.autograd.grad(state.out, state.leaves, grad, retain_graph=graph_is_kept())
         return dq, dk, dv
     return _direct_backward(state, q, k, v, grad, call.scaling)
 
@@ -94,10 +96,10 @@ def _direct_backend(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> int | N
     grouped = q.shape[1] != k.shape[1]
     if not q.is_cuda:
         # Heads that share keys would need copies of them here.
-        if grouped or torch._fused_sdp_choice(q, k, v, is_causal=True, scale=call.scaling) != _FLASH:  # type: ignore[attr-defined]  # not in the stubs
+        if grouped or torch._fused_sdp_choice(q, k, v, is_causal=True, scale=call.scaling) != _FLASH:
             return None
         return _FLASH
-    choice: int = torch._fused_sdp_choice(q, k, v, is_causal=True, scale=call.scaling, enable_gqa=grouped)  # type: ignore[attr-defined]  # not in the stubs
+    choice: int = torch._fused_sdp_choice(q, k, v, is_causal=True, scale=call.scaling, enable_gqa=grouped)
     return choice if choice in (_FLASH, _CUDNN) else None
 
 

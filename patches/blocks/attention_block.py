@@ -19,7 +19,7 @@ def _heads(run: Run, outputs: list[Tensor], shape: tuple[int, int]) -> tuple[Ten
     """q [B, S, H, D], k and v [B, S, Hk, D] as views of what the projections gave, separate or fused."""
     n_q, n_k, dim = run.parts.heads
     if len(outputs) == 1:
-        q, k, v = outputs[0].split((n_q * dim, n_k * dim, n_k * dim), dim=-1)
+        q, k, v = torch.split(outputs[0], [n_q * dim, n_k * dim, n_k * dim], dim=-1)
     else:
         q, k, v = outputs
     return q.view(*shape, n_q, dim), k.view(*shape, n_k, dim), v.view(*shape, n_k, dim)
@@ -69,6 +69,8 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
     if parts.qk_norms is not None:
         made["raw_q"], made["raw_k"] = q, k
     q, k = _rotate(run, q, k, made)
+    if run.cache is not None:
+        _fill(run, k, v)
     state: State | None = kept.get("state")
     if state is None:
         state = attend(run.attention, *(t.transpose(1, 2) for t in (q, k, v)), differentiable=differentiable)
@@ -87,6 +89,19 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
         made["o_stats"] = norm_rows(out, parts.attention_output_norm, mid, flat)
         return made, mid
     return made, out if residual is not None else flat + out
+
+
+def _fill(run: Run, k: Tensor, v: Tensor) -> None:
+    """Put k and v [B, S, Hk, D] into upstream's cache; whoever differentiates through them is told that it cannot be."""
+    refuse = torch._C._functions.DelayedError(
+        "the keys and values that a fused block leaves in a cache cannot be differentiated; "
+        "exclude the patch: SLOTH_PLUGINS=...,-*:blocks",
+        2,
+    )
+    with torch.enable_grad():
+        given = (t.detach().transpose(1, 2).requires_grad_() for t in (k, v))
+        run.cache.update(*refuse(*given), run.attention.module.layer_idx)
+    run.cache = None
 
 
 def _values(state: State, n_rows: int) -> Tensor:
@@ -165,7 +180,7 @@ class AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Run, x: Tensor, *params: Tensor) -> Tensor:
         """The block's output [B, S, h]."""
-        needs_graph = any(ctx.needs_input_grad)
+        needs_graph = run.is_differentiable and any(ctx.needs_input_grad)
         keeps = run.policy is Policy.KEEP
         made, out = forward(run, x, differentiable=needs_graph and run.policy is not Policy.INPUT)
         ctx.run = run
@@ -194,6 +209,7 @@ class AttentionBlock(torch.autograd.Function):
         run.recomputed = None
         if not repeatable:
             run.release()
+            ctx.others = {}
         dx, grads = backward(
             run, x, made, rows(grad), list(ctx.needs_input_grad[2:]),
             need_dx=ctx.needs_input_grad[1],

@@ -4,8 +4,9 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -14,11 +15,13 @@ from ..kernels.notices import say_once
 from ..kernels.ownership import saving_is_plain
 from .attention import Attention
 from .attention_block import AttentionBlock
+from .graphs import GraphedLayer, graph_for
 from .mlp_block import MLPBlock
+from .policy import choose, is_checkpointed
 from .projection import Refused
 from .reading import Layout, attention_function, read_layer
-from .policy import choose, is_checkpointed
 from .run import Parts, Run
+from .watch import Watch
 
 Forward = Callable[..., Any]
 # Arguments of the layer that its attention does not get.
@@ -41,14 +44,19 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _seeds(parts: Parts) -> dict[str, list[int]]:
+def _seeds(parts: Parts) -> dict[str, Sequence[int]]:
     """A seed for each projection; drawn from torch's generator only if there is dropout, as upstream would."""
     names = ("qkv", "o", "up", "down")
-    seeds = {name: [0] * len(group.projections) for name, group in zip(names, parts.groups, strict=True)}
+    seeds: dict[str, Sequence[int]] = {
+        name: [0] * len(group.projections) for name, group in zip(names, parts.groups, strict=True)
+    }
     for name, group in zip(names, parts.groups, strict=True):
         if group.has_dropout:
             seeds[name] = torch.randint(2**31 - 1, (len(group.projections),)).tolist()
     return seeds
+
+
+_readings: WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], Watch, Parts]] = WeakKeyDictionary()
 
 
 class _Fused:
@@ -71,10 +79,10 @@ class _Fused:
             raise Refused("its input is no plain tensor [batch, sequence, features]")
         if not isinstance(embeddings, tuple | list) or len(embeddings) != 2:
             raise Refused("it gets no rotary embedding")
-        caches = [name for name in ("past_key_values", "past_key_value") if given.get(name) is not None]
-        # With checkpointing upstream drops the cache as well.
-        if caches and not is_checkpointed(layer):
-            raise Refused("a cache of keys and values is filled (use_cache=False avoids that in training)")
+        # With checkpointing upstream has dropped the cache.
+        cache = given.get("past_key_values", given.get("past_key_value"))
+        if cache is not None and not self._only_fills(cache, layer):
+            raise Refused("a cache of keys and values is read")
         if given.get("output_attentions"):
             raise Refused("attention weights are asked for")
         dtype = _compute_dtype(x)
@@ -82,7 +90,7 @@ class _Fused:
         for table in (cos, sin):
             if backend_for(x, table) is None or table.dim() != 3 or table.requires_grad:
                 raise Refused("its rotary embedding is no plain table")
-        parts = read_layer(layer, self.layout, x, dtype)
+        parts = self._read(layer, x, dtype)
         attention = self._attention(layer, given)
         if cos.shape[-1] > parts.heads[2] or cos.shape[-1] % 2:
             raise Refused(f"a rotary embedding of {cos.shape[-1]} features for heads of {parts.heads[2]}")
@@ -97,13 +105,34 @@ class _Fused:
             sin=sin,
             seeds=_seeds(parts),
             may_overwrite=saving_is_plain(),
+            is_differentiable=torch.is_grad_enabled(),
+            cache=cache,
         ), x
 
-    def _attention(self, layer: Any, given: dict[str, Any]) -> Attention:
+    def _only_fills(self, cache: Any, layer: torch.nn.Module) -> bool:
+        """Whether a cache is one that transformers makes anew for a forward in training, where nobody reads it."""
+        index = getattr(self._attention_module(layer), "layer_idx", None)
+        fresh = type(cache).__name__ == "DynamicCache" and index is not None
+        return layer.training and torch.is_grad_enabled() and fresh and cache.get_seq_length(index) == 0
+
+    def _attention_module(self, layer: Any) -> Any:
         module = layer
         for name in self.layout.o.split(".")[:-1]:
             module = module._modules[name]
-        if layer.training and getattr(module, "attention_dropout", 0.0):
+        return module
+
+    def _read(self, layer: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Parts:
+        """`read_layer`, or what it gave before if nothing has changed since."""
+        key = (x.dtype, x.device, x.shape[-1], dtype, torch.is_autocast_enabled(x.device.type))
+        known = _readings.get(layer)
+        if known is None or known[0] != key or not known[1].is_unchanged(layer):
+            parts = read_layer(layer, self.layout, x, dtype)
+            known = _readings[layer] = (key, Watch(layer), parts)
+        return known[2]
+
+    def _attention(self, layer: Any, given: dict[str, Any]) -> Attention:
+        module = self._attention_module(layer)
+        if module.training and getattr(module, "attention_dropout", 0.0):
             raise Refused("its attention has dropout")
         function, implementation = attention_function(module)
         keywords = {name: value for name, value in given.items() if name not in OWN}
@@ -118,17 +147,37 @@ class _Fused:
             raise Refused("its attention has no scaling")
         return Attention(module, function, implementation, given.get("attention_mask"), scaling, keywords)
 
-    def run(self, run: Run, x: torch.Tensor) -> Any:
+    def run(self, run: Run, x: torch.Tensor, layer: torch.nn.Module) -> Any:
         parts = run.parts
         first = [*parts.qkv.parameters(), *parts.o.parameters()]
         second = [*parts.up.parameters(), *parts.down.parameters()]
+        graph = graph_for(layer, run, x, [*first, *second])
         apply_attention: Any = AttentionBlock.apply
         apply_mlp: Any = MLPBlock.apply
         # The blocks have cast what they multiply.
         with torch.autocast(x.device.type, enabled=False):
+            if graph is not None:
+                apply_graph: Any = GraphedLayer.apply
+                out = apply_graph(graph, run, x, *first, *second)
+                return (out,) if self.as_tuple else out
+            parts.copies.refresh()
             mid = apply_attention(run, x, *first)
             out = apply_mlp(run, x, mid, *second)
         return (out,) if self.as_tuple else out
+
+
+# Where upstream keeps the function that checkpoints a layer.
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+class _Deferred:
+    """Stands in for upstream's checkpointing `function` and calls the layer's forward at once."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, forward: Forward, *args: Any) -> Any:
+        return forward(*args)
 
 
 def decoder_layer(original: Forward, layout: Layout) -> Forward:
@@ -142,43 +191,32 @@ def decoder_layer(original: Forward, layout: Layout) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        pending = vars(self).pop(_PENDING, None)
-        if pending is None:
-            try:
-                pending = fused.prepare(self, args, kwargs)
-            except Refused as refused:
-                say_once(f"blocks: {type(self).__name__} runs upstream's forward, because {refused}")
-                return original(self, *args, **kwargs)
-        return fused.run(*pending)
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is the class's
-        """A layer that keeps only its input needs no checkpoint around it, so upstream is told that there is none."""
-        inherited = super(_owner(type(self), __call__), self).__call__
-        if not is_checkpointed(self) or torch.compiler.is_compiling():
-            return inherited(*args, **kwargs)
         try:
-            vars(self)[_PENDING] = fused.prepare(self, args, kwargs)
+            prepared = fused.prepare(self, args, kwargs)
         except Refused as refused:
             say_once(f"blocks: {type(self).__name__} runs upstream's forward, because {refused}")
+            checkpoint = getattr(self, _CHECKPOINT, None)
+            if isinstance(checkpoint, _Deferred) and is_checkpointed(self):
+                return checkpoint.function(functools.partial(original, self, **kwargs), *args)
+            return original(self, *args, **kwargs)
+        return fused.run(*prepared, self)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layer that keeps only its input needs no checkpoint around it; `forward` decides, after the hooks."""
+        inherited = super(_owner(type(self), __call__), self).__call__
+        held = vars(self).get(_CHECKPOINT)
+        if held is None or not is_checkpointed(self) or torch.compiler.is_compiling():
             return inherited(*args, **kwargs)
-        held = vars(self)["gradient_checkpointing"] if "gradient_checkpointing" in vars(self) else None
-        self.gradient_checkpointing = False
+        setattr(self, _CHECKPOINT, _Deferred(held))
         try:
             return inherited(*args, **kwargs)
         finally:
-            vars(self).pop(_PENDING, None)
-            if held is None:
-                vars(self).pop("gradient_checkpointing", None)
-            else:
-                self.gradient_checkpointing = held
+            setattr(self, _CHECKPOINT, held)
 
     forward.methods = {"__call__": __call__}  # type: ignore[attr-defined]  # `resolving.bind` reads it
     return forward
 
 
-_PENDING = "_sloth_pending_run"
-
-
-def _owner(kind: type, method: Any) -> type:
+def _owner(kind: type, method: Any) -> Any:
     """The class in a module's ancestry that has this method."""
     return next(base for base in kind.__mro__ if vars(base).get("__call__") is method)

@@ -17,6 +17,7 @@ import torch
 from ..kernels.four_bit_weight import FourBit
 from ..kernels.ops.dropout import add_dropped, dropped
 from ..kernels.ops.four_bit import dequantize_four_bit
+from ..kernels.ops.lora_glu import MAX_RANK, LowRank
 from .projection import Adapter, Projection
 
 Tensor = torch.Tensor
@@ -54,6 +55,11 @@ class Group:
         self.scale = scales.pop() if len(scales) == 1 else None
         self.a: Tensor | None = None
         self.b: list[Tensor | None] = [None] * len(self.projections)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a kernel can add each of its low-rank terms from one tile."""
+        return all(adapter.a.shape[0] <= MAX_RANK for adapter in self.present())
 
     def present(self) -> list[Adapter]:
         """The adapters of those projections that have one."""
@@ -98,6 +104,11 @@ class Group:
                 y.addmm_(xa[:, self.cols[i]], b.t())
             outputs.append(y)
         return outputs
+
+    def terms(self, xa: Tensor | None) -> list[LowRank | None]:
+        """xa B^T of each projection, for whoever adds it where the output is read."""
+        pairs = zip(self.b, self.cols, strict=True)
+        return [None if b is None or xa is None else LowRank(xa[:, cols], b) for b, cols in pairs]
 
     def low_rank_grad(self, dys: Sequence[Tensor]) -> Tensor | None:
         """dyb [T, r] of the outputs' gradients; None without adapters."""

@@ -7,6 +7,7 @@ import torch
 from ..kernels.once import differentiable_once
 from ..kernels.ops.block_norm import norm_rows, norm_rows_backward
 from ..kernels.ops.common import kernels_for
+from ..kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
 from ..kernels.ownership import graph_is_kept
 from . import attention_block
 from .policy import Policy
@@ -22,23 +23,40 @@ def _gate_and_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return outputs[0], outputs[1]
 
 
-def _activate(run: Run, outputs: list[Tensor]) -> Tensor:
+def _terms(run: Run, made: dict[str, Any]) -> tuple[LowRank | None, LowRank | None]:
+    """The low-rank terms that gate and up do not have yet."""
+    terms = run.parts.up.terms(made["xa"]) if _adds_late(run) else [None, None]
+    if len(terms) == 1:
+        (term,) = terms
+        if term is None:
+            return None, None
+        gate, up = term.b.chunk(2)
+        return LowRank(term.x, gate), LowRank(term.x, up)
+    return terms[0], terms[1]
+
+
+def _adds_late(run: Run) -> bool:
+    """Whether the activation adds the adapters of gate and up, which otherwise their products do."""
+    return run.parts.is_gated and run.parts.up.is_narrow
+
+
+def _activate(run: Run, made: dict[str, Any]) -> Tensor:
+    outputs: list[Tensor] = made["outputs"]
     if not run.parts.is_gated:
         hidden: Tensor = kernels_for("activation", outputs[0]).activate_fwd(outputs[0], run.parts.activation)
         return hidden
-    gate, up = _gate_and_up(outputs)
-    hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    kernels_for("glu", gate, up).glu_fwd(gate, up, run.parts.activation, hidden)
-    return hidden
+    return lora_glu(*_gate_and_up(outputs), *_terms(run, made), run.parts.activation)
 
 
-def _activate_backward(run: Run, outputs: list[Tensor], dhidden: Tensor, overwrite: bool) -> list[Tensor]:
-    """Gradients of the outputs, in their memory if `overwrite`; dhidden becomes the hidden features again."""
+def _activate_backward(
+    run: Run, made: dict[str, Any], dhidden: Tensor, term: LowRank | None, overwrite: bool
+) -> list[Tensor]:
+    """Gradients of gate and up for dhidden + term, in their memory if `overwrite`; dhidden becomes act(gate) * up."""
+    outputs: list[Tensor] = made["outputs"]
     grads = outputs if overwrite else [torch.empty_like(t) for t in outputs]
     if run.parts.is_gated:
-        gate, up = _gate_and_up(outputs)
-        dgate, dup = _gate_and_up(grads)
-        kernels_for("glu", gate, up).glu_bwd(dhidden, gate, up, dgate, dup, run.parts.activation, True)
+        pairs = *_gate_and_up(outputs), *_terms(run, made), *_gate_and_up(grads)
+        lora_glu_backward(dhidden, term, *pairs, run.parts.activation)
     else:
         kernels_for("activation", dhidden).activate_bwd(dhidden, outputs[0], grads[0], run.parts.activation, True)
     return grads
@@ -50,14 +68,15 @@ def _up(run: Run, mid: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
     normed = torch.empty(mid.shape, dtype=run.dtype, device=mid.device)
     stats = norm_rows(mid, parts.mlp_norm, normed)
     xa = kept["xa"] if kept else parts.up.low_rank(normed, run.seeds["up"])
-    return {"stats": stats, "xa": xa, "outputs": parts.up.forward(normed, xa)}
+    outputs = parts.up.forward(normed, xa, with_adapters=not _adds_late(run))
+    return {"stats": stats, "xa": xa, "outputs": outputs}
 
 
 def forward(run: Run, mid: Tensor, residual: Tensor) -> tuple[dict[str, Any], Tensor]:
     """(what the backward needs, the block's output [T, h]) for the norm's input and the residual, both [T, h]."""
     parts = run.parts
     made = _up(run, mid, {})
-    hidden = _activate(run, made["outputs"])
+    hidden = _activate(run, made)
     made["xa_down"] = parts.down.low_rank(hidden, run.seeds["down"])
     added = residual if residual.dtype is run.dtype and parts.mlp_output_norm is None else None
     (out,) = parts.down.forward(hidden, made["xa_down"], added)
@@ -81,8 +100,11 @@ def backward(
         dout = torch.empty_like(made["down"])
         norm_rows_backward(grad, made["down"], parts.mlp_output_norm, made["down_stats"], dx=dout)
     dyb = parts.down.low_rank_grad([dout])
-    dhidden = parts.down.input_grad([dout], dyb, run.seeds["down"])
-    dups = _activate_backward(run, made["outputs"], dhidden, overwrite)
+    adds_late = parts.is_gated and parts.down.is_narrow and not parts.down.has_dropout
+    dhidden = parts.down.input_grad([dout], dyb, run.seeds["down"], with_adapters=not adds_late)
+    a = parts.down.a
+    term = LowRank(dyb, a.t()) if adds_late and dyb is not None and a is not None else None
+    dups = _activate_backward(run, made, dhidden, term, overwrite)
     grads_down = parts.down.adapter_grads([dout], dyb, dhidden, made["xa_down"], run.seeds["down"], needs[n_needs:])
     del dhidden, dout
     dyb = parts.up.low_rank_grad(dups)
@@ -108,7 +130,7 @@ class MLPBlock(torch.autograd.Function):
         source = x if run.parts.is_parallel else mid
         made, out = forward(run, rows(source), rows(mid))
         ctx.run = run
-        if any(ctx.needs_input_grad):
+        if run.is_differentiable and any(ctx.needs_input_grad):
             if run.policy is Policy.KEEP:
                 outputs = made.pop("outputs")
                 stash(ctx, {**made, **{f"output{i}": t for i, t in enumerate(outputs)}}, source, *params)

@@ -6,10 +6,12 @@ described here is refused with a reason, and the layer then runs upstream's forw
 
 import functools
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.four_bit_weight import FourBit, of_quant_state
 from ..kernels.watched import is_watched
@@ -56,29 +58,59 @@ class Projection:
     shape: tuple[int, int]
 
 
-@functools.cache
 def _qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def code_home(function: Any) -> str:
+    """The module that a function was compiled in: `functools.wraps` copies names, but not this."""
+    function = getattr(function, "__func__", getattr(function, "func", function))
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+
+
 @functools.cache
-def _kind(kind: type) -> Kind | None:
-    """What a class is, provided that its forward is its own package's."""
-    known = _KINDS.get(_qualified(kind))
-    forward: Any = kind.forward  # type: ignore[attr-defined]  # only classes of modules are asked
+def _kind_with(kind: type, forward: Any) -> Kind | None:
     package = kind.__module__.partition(".")[0]
-    return known if getattr(forward, "__module__", "").partition(".")[0] == package else None
+    return _KINDS.get(_qualified(kind)) if code_home(forward).partition(".")[0] == package else None
+
+
+def _kind(kind: Any) -> Kind | None:
+    """What a class is, provided that its forward is its own package's now."""
+    return _kind_with(kind, kind.forward)
+
+
+def _is_own(forward: Any, module: torch.nn.Module) -> bool:
+    """Whether it is the method of the module's class, which some code keeps in the instance."""
+    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether it is transformers' hook for capturing outputs, which stays once installed, and nothing is captured."""
+    if code_home(hook) != "transformers.utils.output_capturing":
+        return False
+    collector = hook.__globals__.get("_active_collector")
+    return collector is not None and not collector.get()
+
+
+def _has_only_idle_hooks(module: torch.nn.Module) -> bool:
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if others or _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch's
+        return False
+    return all(_is_idle(hook) for hook in module._forward_hooks.values())
 
 
 def check_call(module: torch.nn.Module, name: str) -> None:
     """Raise `Refused` if anybody watches or has replaced this module's forward."""
     held = vars(module)
-    hook = held.get("_hf_hook")
-    if hook is not None and not (type(hook).__name__ == "AlignDevicesHook" and not hook.offload):
-        raise Refused(f"{name} has a hook of accelerate's ({type(hook).__name__})")
-    if "forward" in held and hook is None:
+    hook, slot = held.get("_hf_hook"), "forward"
+    if hook is not None:
+        if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+            raise Refused(f"{name} has a hook of accelerate's ({type(hook).__name__})")
+        if code_home(held.get("forward")).partition(".")[0] == "accelerate":
+            slot = "_old_forward"
+    if slot in held and not _is_own(held[slot], module):
         raise Refused(f"the forward of {name} was replaced")
-    if is_watched(module):
+    if is_watched(module) and not _has_only_idle_hooks(module):
         raise Refused(f"{name} has hooks")
 
 
@@ -151,7 +183,7 @@ def _base(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> tupl
     return four_bit, bias
 
 
-def _adapter(module: Any, name: str, x: torch.Tensor, compute: torch.dtype, training: bool) -> Adapter | None:
+def _adapter(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> Adapter | None:
     if module.merged:
         raise Refused(f"the adapter of {name} is merged")
     if module.disable_adapters:
@@ -187,7 +219,7 @@ def _adapter(module: Any, name: str, x: torch.Tensor, compute: torch.dtype, trai
     if type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
         raise Refused(f"the dropout of {name} is a {_qualified(type(dropout))}")
     check_call(dropout, f"the dropout of {name}")
-    p = dropout.p if training and dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
+    p = dropout.p if dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
     scale = module.scaling[adapter]
     if not isinstance(scale, float | int):
         raise Refused(f"the scaling of {name} is a {_qualified(type(scale))}")
@@ -201,7 +233,7 @@ def read(module: torch.nn.Module, name: str, x: torch.Tensor, compute: torch.dty
     if _kind(type(module)) == "lora":
         check_call(module, name)
         base = module.base_layer
-        adapter = _adapter(module, name, x, compute, module.training)
+        adapter = _adapter(module, name, x, compute)
         if base.__class__.__name__ == "Linear" and getattr(module, "fan_in_fan_out", False):
             raise Refused(f"{name} keeps its weight transposed")
     weight, bias = _base(base, name, x, compute)

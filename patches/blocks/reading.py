@@ -9,14 +9,19 @@ import torch
 
 from ..kernels.ops.block_norm import Norm
 from .activation import activation_of
-from .adapters import load_adapters
+from .adapters import AdapterCopies
 from .group import Group
-from .projection import Refused, check_call, check_frozen, read
+from .projection import Refused, check_call, check_frozen, code_home, read
 from .run import Parts
 
 # Longer rows are not held by one program.
 MAX_HIDDEN = 16384
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
+# Fields of a layout that hold the paths of modules.
+PATHS = (
+    "attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm", "q_norm", "k_norm",
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
+)  # fmt: skip
 # Children of an attention that take no part in its forward: upstream computes the tables once for the model.
 IDLE = frozenset({"rotary_emb"})
 
@@ -60,31 +65,43 @@ def _get(layer: torch.nn.Module, path: str) -> Any:
     return found
 
 
+@functools.cache
+def _is_described(kind: Any, layer: str, norm: str) -> bool:
+    """Whether the layer's modeling file knows the class, or one that it derives from, by its name."""
+    names = vars(sys.modules[layer.partition(":")[0]])
+    known = {torch.nn.LayerNorm} if norm == "layer" else set()
+    return any(base in known or names.get(base.__name__) is base for base in kind.__mro__)
+
+
 def _own(module: torch.nn.Module, name: str, layout: Layout) -> torch.nn.Module:
     """The module, provided that its forward is upstream's or ours, and that nobody watches it."""
     check_call(module, name)
-    forward: Any = type(module).forward
-    package = (getattr(forward, "__module__", None) or "").partition(".")[0]
+    kind: Any = type(module)
+    package = code_home(kind.forward).partition(".")[0]
     if package not in _packages(layout.layer):
         raise Refused(f"the forward of {name} was replaced by {package}")
+    if not _is_described(kind, layout.layer, layout.norm):
+        raise Refused(f"{name} is a {kind.__module__}.{kind.__qualname__}, which is not the family's")
     return module
 
 
-def _norm(layer: torch.nn.Module, path: str | None, layout: Layout, device: torch.device) -> Norm | None:
+def _norm(layer: torch.nn.Module, path: str | None, layout: Layout, features: int, device: torch.device) -> Norm | None:
     if path is None:
         return None
     norm = _own(_get(layer, path), path, layout)
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-    if weight is None or weight.dim() != 1:
+    if weight is None:
         raise Refused(f"{path} has no weight")
     for tensor in (weight, bias):
         if tensor is not None:
             check_frozen(tensor, path, device)
-    eps = getattr(norm, "variance_epsilon", None)
+            if tensor.shape != (features,):
+                raise Refused(f"{path} has shape {tuple(tensor.shape)} for {features} features")
+    eps: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return Norm(
         weight,
         bias,
-        norm.eps if eps is None else eps,
+        eps,
         layout.norm_offset,
         layout.norm == "rms" and layout.norm_cast == "before_weight",
         layout.norm == "layer",
@@ -98,27 +115,7 @@ def _parent(layer: torch.nn.Module, path: str) -> tuple[str, torch.nn.Module]:
 
 def _check_children(layer: torch.nn.Module, attention: Any, mlp: Any, layout: Layout) -> None:
     """Raise `Refused` for a module that the layout does not describe, unless it is dropout that does nothing."""
-    described = {
-        path
-        for field in (
-            "attention_norm",
-            "attention_output_norm",
-            "mlp_norm",
-            "mlp_output_norm",
-            "q",
-            "k",
-            "v",
-            "qkv",
-            "o",
-            "gate",
-            "up",
-            "gate_up",
-            "down",
-            "q_norm",
-            "k_norm",
-        )  # fmt: skip
-        if (path := getattr(layout, field)) is not None
-    }
+    described = {path for field in PATHS if (path := getattr(layout, field)) is not None}
     (attention_name, attention), (mlp_name, mlp) = attention, mlp
     described |= {attention_name, mlp_name} | {f"{mlp_name}.{name}" for name in ACTIVATION_NAMES}
     described |= {f"{attention_name}.{name}" for name in IDLE}
@@ -147,6 +144,15 @@ def _heads(attention: Any, qkv: Group, o: Group) -> tuple[int, int, int]:
     return o.k // dim, n_k // dim, dim
 
 
+def _check_sizes(hidden: int, layout: Layout, qkv: Group, o: Group, up: Group, down: Group) -> None:
+    """Raise `Refused` where upstream would find that shapes do not fit; kernels would read beyond a row."""
+    for group, n_in, n_out in ((qkv, hidden, None), (o, o.k, hidden), (up, hidden, down.k), (down, down.k, hidden)):
+        wanted = 2 * n_out if n_out is not None and group is up and layout.gate_up is not None else n_out
+        for projection in group.projections:
+            if projection.shape[1] != n_in or wanted not in (None, projection.shape[0]):
+                raise Refused(f"a projection of shape {projection.shape} does not fit {hidden} features")
+
+
 def _group(layer: torch.nn.Module, paths: Sequence[str | None], x: torch.Tensor, dtype: torch.dtype) -> Group:
     return Group([read(_get(layer, path), path, x, dtype) for path in paths if path is not None], dtype)
 
@@ -159,6 +165,8 @@ def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: t
     _check_children(layer, attention, mlp, layout)
     for name, module in (attention, mlp):
         _own(module, name, layout)
+        if any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values()):
+            raise Refused(f"{name} has parameters of its own that are trained")
     qkv = _group(layer, (layout.qkv, layout.q, layout.k, layout.v), x, dtype)
     o = _group(layer, (layout.o,), x, dtype)
     up = _group(layer, (layout.gate_up, layout.gate, layout.up), x, dtype)
@@ -166,34 +174,36 @@ def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: t
     activation = next((getattr(mlp[1], name) for name in ACTIVATION_NAMES if hasattr(mlp[1], name)), None)
     known = activation_of(activation)
     if known is None:
-        raise Refused(f"the activation is {type(activation).__qualname__}")
-    device = x.device
-    attention_norm = _norm(layer, layout.attention_norm, layout, device)
-    q_norm, k_norm = _norm(layer, layout.q_norm, layout, device), _norm(layer, layout.k_norm, layout, device)
+        kind = getattr(activation, "__name__", type(activation).__qualname__)
+        raise Refused(f"the activation is {kind}, which is not known or not upstream's as it stands")
+    heads = _heads(attention[1], qkv, o)
+    _check_sizes(x.shape[-1], layout, qkv, o, up, down)
+    norm = functools.partial(_norm, layer, layout=layout, device=x.device)
+    attention_norm = norm(layout.attention_norm, features=x.shape[-1])
+    q_norm, k_norm = norm(layout.q_norm, features=heads[2]), norm(layout.k_norm, features=heads[2])
     if attention_norm is None:
         raise Refused("it has no norm before its attention")
-    mlp_norm = _norm(layer, layout.mlp_norm, layout, device)
-    parts = Parts(
+    mlp_norm = norm(layout.mlp_norm, features=x.shape[-1])
+    return Parts(
         qkv=qkv,
         o=o,
         up=up,
         down=down,
-        heads=_heads(attention[1], qkv, o),
+        heads=heads,
         attention_norm=attention_norm,
-        attention_output_norm=_norm(layer, layout.attention_output_norm, layout, device),
+        attention_output_norm=norm(layout.attention_output_norm, features=x.shape[-1]),
         mlp_norm=mlp_norm or attention_norm,
-        mlp_output_norm=_norm(layer, layout.mlp_output_norm, layout, device),
+        mlp_output_norm=norm(layout.mlp_output_norm, features=x.shape[-1]),
         qk_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),
         activation=known,
         is_gated=layout.gate is not None or layout.gate_up is not None,
         is_parallel=layout.residual == "parallel",
+        copies=AdapterCopies((qkv, o, up, down), dtype),
     )
-    load_adapters(layer, parts.groups, dtype)
-    return parts
 
 
 def attention_function(attention: torch.nn.Module) -> tuple[Any, str]:
-    """(upstream's function for the implementation that the config names, its name), as upstream would look it up."""
+    """(the function for the implementation that the config names, its name or "custom"), as upstream looks it up."""
     upstream = next(kind for kind in type(attention).__mro__ if not kind.__module__.startswith("sloth_plugins"))
     names: Mapping[str, Any] = vars(sys.modules[upstream.__module__])
     functions, eager = names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")
@@ -203,6 +213,8 @@ def attention_function(attention: torch.nn.Module) -> tuple[Any, str]:
     if implementation == "eager":
         return eager, implementation
     try:
-        return functions[implementation], implementation
+        function = functions[implementation]
     except KeyError:
         raise Refused(f"attn_implementation {implementation!r} is not installed") from None
+    # Under upstream's name there may be somebody else's function, which must be called for what it does.
+    return function, implementation if code_home(function).partition(".")[0] == "transformers" else "custom"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..kernels.ops.block_norm import Norm
+from .adapters import AdapterCopies
 from .attention import Attention
 from .group import Group
 from .policy import Policy
@@ -20,7 +21,7 @@ class Parts:
 
     `heads` is (query heads, key heads, features of a head). `norms` are those before and after the attention and the
     MLP: (attention, attention output, mlp, mlp output), None where there is none; a parallel layer's MLP has the
-    attention's. `qk_norms` are those of q and k, per head.
+    attention's. `qk_norms` are those of q and k, per head; `copies` are the groups' adapters in their dtype.
     """
 
     qkv: Group
@@ -36,6 +37,7 @@ class Parts:
     activation: str
     is_gated: bool
     is_parallel: bool
+    copies: AdapterCopies
 
     @property
     def groups(self) -> tuple[Group, Group, Group, Group]:
@@ -47,8 +49,10 @@ class Parts:
 class Run:
     """One call of a layer. `dtype` is what products are computed in; the residual stream may be wider.
 
-    `seeds` are those of the dropout masks, one for each projection of the groups in order. `kept` and `recomputed` are
-    what the attention block leaves for later under a policy other than KEEP.
+    `seeds` are those of the dropout masks, one for each projection of the groups in order. `may_overwrite` says that
+    saved tensors come back as they are, `is_differentiable` that gradients are wanted at all. `cache` is upstream's
+    cache of keys and values, if it is to be filled. `kept` and `recomputed` are what the attention block leaves for
+    later under a policy other than KEEP.
     """
 
     parts: Parts
@@ -59,6 +63,8 @@ class Run:
     sin: Tensor
     seeds: dict[str, Sequence[int]]
     may_overwrite: bool
+    is_differentiable: bool
+    cache: Any = None
     kept: dict[str, Any] = field(default_factory=dict)
     recomputed: dict[str, Any] | None = None
 

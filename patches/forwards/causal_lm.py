@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..losses.deferral import deferring, obstacle
 from ..kernels.notices import say_once
+from ..losses.deferral import deferring, obstacle
 
 Forward = Callable[..., Any]
 

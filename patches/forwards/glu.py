@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import ops
 from ..blocks.activation import activation_of
+from ..kernels import ops
 
 Forward = Callable[..., torch.Tensor]
 

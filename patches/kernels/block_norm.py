@@ -128,7 +128,7 @@ def block_norm_bwd(
     dx: torch.Tensor | None,
     restore: bool,
 ) -> None:
-    """Write `dx`, and with `restore` the norm's output into `dn`; same contract as `reference_blocks.block_norm_bwd`."""
+    """Write `dx`, and with `restore` norm(x) into `dn`; same contract as `reference_blocks.block_norm_bwd`."""
     n_rows, n = x.shape
     block_n, block_m, warps = row_tile(n)
     res = x if residual_grad is None else residual_grad

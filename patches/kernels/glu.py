@@ -35,12 +35,9 @@ def glu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, blocks, size1, size2,
     g0, g1, g2, u0, u1, u2, y0, y1, y2, dg0, dg1, dg2, du0, du1, du2,
     BLOCK: tl.constexpr, NDIM: tl.constexpr, ACTIVATION: tl.constexpr,
-    NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr, RESTORE: tl.constexpr,
+    NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row; each element is read before it is written, so outputs may be gate and up.
-
-    With RESTORE the forward's output takes the place of dy.
-    """
+    """One block of one row; each element is read before it is written, so outputs may be gate and up."""
     pid = tl.program_id(0)
     row = pid // blocks
     cols = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -61,18 +58,15 @@ def glu_bwd_kernel(
         factor = act(gate, ACTIVATION).to(element).to(tl.float32)
         du_at = row_offsets(row, size1, size2, du0, du1, du2, NDIM)
         tl.store(dup_ptr + du_at + cols, (dy * factor).to(element), mask=mask)
-        if RESTORE:
-            tl.store(dy_ptr + y_at + cols, (factor * up).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
-def glu_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
+def glu_fwd(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """Return act(gate) * up; same contract as `reference.glu_fwd`."""
     gate, up = unit_stride(gate), unit_stride(up)
-    y = torch.empty_like(gate) if out is None else out
+    y = torch.empty_like(gate)
     path = walk(gate, up, y)
     if path is None:
-        flat = glu_fwd(gate.contiguous(), up.contiguous(), activation)
-        return flat if out is None else out.copy_(flat)
+        return glu_fwd(gate.contiguous(), up.contiguous(), activation)
     n, rows, ndim, numbers = path
     blocks = cdiv(n, 2048)
     with on_device_of(gate):
@@ -89,20 +83,14 @@ def glu_bwd(
     dgate: torch.Tensor | None,
     dup: torch.Tensor | None,
     activation: str,
-    restore: bool = False,
 ) -> None:
     """Write the gradients into `dgate` and `dup`; same contract as `reference.glu_bwd`."""
-    if restore and (dgate is None or dup is None or dy.stride(-1) != 1):
-        raise ValueError("the output is restored only along with both gradients, into rows of unit stride")
     dy, gate, up = unit_stride(dy), unit_stride(gate), unit_stride(up)
     # A gradient nobody asked for is never written; gate and up stand in for its address.
     path = walk(gate, up, dy, gate if dgate is None else dgate, up if dup is None else dup)
     if path is None:
         flat = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (dgate, dup)]
-        flat_dy = dy.contiguous()
-        glu_bwd(flat_dy, gate.contiguous(), up.contiguous(), flat[0], flat[1], activation, restore)
-        if restore and flat_dy is not dy:
-            dy.copy_(flat_dy)
+        glu_bwd(dy.contiguous(), gate.contiguous(), up.contiguous(), flat[0], flat[1], activation)
         for target, value in zip((dgate, dup), flat, strict=True):
             if target is not None and value is not None:
                 target.copy_(value)
@@ -113,5 +101,5 @@ def glu_bwd(
         glu_bwd_kernel[(rows * blocks,)](
             dy, gate, up, gate if dgate is None else dgate, up if dup is None else dup, n, blocks, *numbers,
             BLOCK=1024, NDIM=ndim, ACTIVATION=activation,
-            NEED_GATE=dgate is not None, NEED_UP=dup is not None, RESTORE=restore, num_warps=4,
+            NEED_GATE=dgate is not None, NEED_UP=dup is not None, num_warps=4,
         )  # fmt: skip

@@ -213,33 +213,22 @@ def activate_bwd(dy: Tensor, x: Tensor, dx: Tensor, activation: str, restore: bo
         dy.copy_(y)
 
 
-def glu_fwd(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """activate(gate) rounded to the dtype, times up; any shape, one dtype. `out` is written where it is given."""
-    y = activate_fwd(gate, activation) * up
-    return y if out is None else out.copy_(y)
+def glu_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activate(gate) rounded to the dtype, times up; any shape, one dtype."""
+    return activate_fwd(gate, activation) * up
 
 
-def glu_bwd(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    dgate: Tensor | None,
-    dup: Tensor | None,
-    activation: str,
-    restore: bool = False,
-) -> None:
+def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None, activation: str) -> None:
     """dgate = (dy * up rounded to the dtype) * (the activation's derivative at gate), dup = dy * activate(gate).
 
-    Writes those of `dgate` and `dup` that are not None; they may be gate's and up's own buffers. With `restore`, which
-    needs both, dy then becomes the forward's output.
+    Writes those of `dgate` and `dup` that are not None; they may be gate's and up's own buffers.
     """
-    y = glu_fwd(gate, up, activation) if restore else None
     # Both are formed before either is written: dgate may be gate, dup may be up.
     values = (
         None if dgate is None else (dy * up).float() * _activation_grad(gate.float(), activation),
         None if dup is None else dy * activate_fwd(gate, activation),
     )
-    for target, value in zip((dgate, dup, dy), (*values, y), strict=True):
+    for target, value in zip((dgate, dup), values, strict=True):
         if target is not None and value is not None:
             target.copy_(value)
 

@@ -4,8 +4,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .reference import glu_bwd, glu_fwd
+
 if TYPE_CHECKING:
     from .ops.block_norm import Norm
+    from .ops.lora_glu import LowRank
 
 Tensor = torch.Tensor
 
@@ -75,3 +78,35 @@ def dropout_add(x: Tensor, p: float, seed: int, total: Tensor) -> None:
     out = torch.empty_like(x)
     dropout_fwd(x, p, seed, out)
     total.add_(out)
+
+
+def _plus(y: Tensor, term: "LowRank | None") -> Tensor:
+    if term is None:
+        return y
+    return (y.float() + term.x.float() @ term.b.float().t()).to(y.dtype)
+
+
+def lora_glu_fwd(
+    gate: Tensor, up: Tensor, gate_term: "LowRank | None", up_term: "LowRank | None", activation: str, out: Tensor
+) -> None:
+    """`glu_fwd` of gate + x b^T and up + x b^T, the sums in fp32 and rounded to the dtype."""
+    out.copy_(glu_fwd(_plus(gate, gate_term), _plus(up, up_term), activation))
+
+
+def lora_glu_bwd(
+    dy: Tensor,
+    dy_term: "LowRank | None",
+    gate: Tensor,
+    up: Tensor,
+    gate_term: "LowRank | None",
+    up_term: "LowRank | None",
+    dgate: Tensor,
+    dup: Tensor,
+    activation: str,
+) -> None:
+    """`glu_bwd` of the same sums for dy + x b^T; dy becomes the output."""
+    gate, up = _plus(gate, gate_term), _plus(up, up_term)
+    # Before the gradients are written, which may be into gate and up.
+    y = glu_fwd(gate, up, activation)
+    glu_bwd(_plus(dy, dy_term), gate, up, dgate, dup, activation)
+    dy.copy_(y)

@@ -113,6 +113,7 @@ def _launch(
     q_block = min(next_power_of_2(q_heads), most)
     k_block = min(next_power_of_2(max(k_heads, 1)), most)
     warps = min(8, max(1, q_block * block_half // 512))
+    shared = min(q_block, k_block) * block_half < 32 * warps
     kernel: Any = rope_fwd_kernel
     with on_device_of(q):
         kernel[(q.shape[0] * seq,)](
@@ -123,7 +124,7 @@ def _launch(
             0 if sin.shape[0] == 1 else sin.stride(0), sin.stride(1), sin.stride(2),
             Q_HEADS=q_heads, Q_BLOCK=q_block, K_HEADS=k_heads, K_BLOCK=k_block,
             HALF=half, BLOCK_HALF=block_half, TAIL=tail, BLOCK_TAIL=next_power_of_2(max(tail, 1)),
-            MID=_TL_DTYPE[mid], BACKWARD=backward, SHARED=min(q_block, k_block) * block_half < 32 * warps, num_warps=warps,
+            MID=_TL_DTYPE[mid], BACKWARD=backward, SHARED=shared, num_warps=warps,
             # A fused multiply-add would skip the rounding of the first product in fp32.
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..losses.deferral import deferring, obstacle
 from ..kernels.notices import say_once
+from ..losses.deferral import deferring, obstacle
 
 Method = Callable[..., Any]
 Scope = Callable[..., AbstractContextManager[None]]

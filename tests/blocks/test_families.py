@@ -72,3 +72,17 @@ def test_padding_and_packing_are_upstreams(calls):
     assert len(calls) == 4
     for found, expected in zip(fused, stock, strict=True):
         assert distance(found, expected) < 1e-5
+
+
+def test_a_cache_that_training_makes_anew_is_filled(calls):
+    model = lora_model()
+    model.config.use_cache = True
+    ids = batch()
+    expected, stock = gradients(model, ids)[1], model(input_ids=ids).past_key_values
+    fuse(model)
+    found, cache = gradients(model, ids)[1], model(input_ids=ids).past_key_values
+    assert len(calls) == 4
+    assert distance(found, expected) < 1e-5
+    for layer in range(2):
+        for ours, theirs in zip(cache.layers[layer].keys, stock.layers[layer].keys, strict=True):
+            torch.testing.assert_close(ours, theirs)

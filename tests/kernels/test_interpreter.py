@@ -37,6 +37,10 @@ def test_kernels_pass_interpreted():
             "forwards_mlp",
             "log_probs",
             "vocab_rows",
+            "block_norm",
+            "seeded_dropout",
+            "four_bit",
+            "lora_glu",
         )
     ]
     child = subprocess.run(

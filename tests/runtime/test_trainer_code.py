@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from toy_patches import CALLS, model, of_trainers, patch
+from toy_patches import CALLS, model, of_trainers, patch, toy_outcomes
 from toy_trainers import ToyTrainer
 from transformers import Trainer
 
@@ -44,7 +44,7 @@ def test_a_method_of_the_users_own_is_not_hidden(declare, make):
     declare()
     trainer = make(kind)
     report = sloth_plugins.patch(trainer.model, trainer=trainer)
-    assert [outcome.reason for outcome in report.outcomes if outcome.trainer] == [said]
+    assert [outcome.reason for outcome in toy_outcomes(report)] == [said]
     assert type(trainer) is kind
     with pytest.raises(SlothError, match=f"toy:first was asked for by name and cannot run: {said}"):
         sloth_plugins.patch(trainer.model, "1,toy:first", trainer=trainer)
@@ -54,7 +54,7 @@ def test_a_method_that_the_user_set_on_the_trainer_is_not_passed_by(declare, mak
     declare()
     trainer = make()
     trainer.shape = lambda loss: loss
-    (outcome,) = [found for found in sloth_plugins.patch(trainer.model, trainer=trainer).outcomes if found.trainer]
+    (outcome,) = toy_outcomes(sloth_plugins.patch(trainer.model, trainer=trainer))
     assert outcome.reason == f"shape of this ToyTrainer was replaced by {__name__}"
 
 
@@ -62,7 +62,7 @@ def test_a_method_that_somebody_replaced_in_the_class_is_not_upstreams(declare, 
     declare()
     monkeypatch.setattr(ToyTrainer, "unit", staticmethod(lambda loss: loss))
     trainer = make()
-    (outcome,) = [found for found in sloth_plugins.patch(trainer.model, trainer=trainer).outcomes if found.trainer]
+    (outcome,) = toy_outcomes(sloth_plugins.patch(trainer.model, trainer=trainer))
     assert outcome.reason == f"ToyTrainer.unit was replaced by {__name__}"
 
 
@@ -79,7 +79,7 @@ def test_a_named_patch_that_cannot_run_ends_the_process_and_changes_nothing(decl
 
 def by_hand(trainer, selection="1"):
     report = sloth_plugins.patch(trainer.model, selection, trainer=trainer)
-    return next(outcome for outcome in report.outcomes if outcome.trainer)
+    return next(iter(toy_outcomes(report)))
 
 
 def test_code_that_a_patch_names_must_exist(declare, make):
@@ -156,7 +156,7 @@ def test_requirements_and_the_trainers_args_are_asked(declare, make):
     declare(patch(requires=("nowhere>=1",)), patch("second", "outer", where={"max_steps": (7,)}))
     trainer = make()
     report = sloth_plugins.patch(trainer.model, trainer=trainer)
-    reasons = [outcome.reason for outcome in report.outcomes if outcome.trainer]
+    reasons = [outcome.reason for outcome in toy_outcomes(report)]
     assert reasons == ["version: needs nowhere>=1, found not installed", "config.max_steps: needs 7, found 1"]
     trainer.args.max_steps = 7
     assert of_trainers(sloth_plugins.patch(trainer.model, trainer=trainer))[1] == ("second", "applied", 1)

@@ -194,7 +194,7 @@ def test_a_model_of_an_unknown_architecture_has_a_trainer_all_the_same(declare, 
     sloth_plugins.activate("1")
     trainer.train()
     said = capsys.readouterr().err
-    assert "toy:first  1        applied" in said
+    assert re.search(r"toy:first +1 +applied", said)
     assert "no architecture covers model type 'gpt2'" in said
     assert CALLS == ["inner", "unit"]
 

@@ -1,0 +1,55 @@
+"""The gated activation of an MLP with adapters: low-rank terms are added where gate and up are read anyway."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..dispatch import backend_for
+from .activation import known
+from .common import implementation
+
+# Beyond, a product of its own costs less than what the tiles of one kernel would hold.
+MAX_RANK = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """The term x b^T, with x [T, r] of unit stride in a row and b [N, r] of any strides, r at most `MAX_RANK`."""
+
+    x: torch.Tensor
+    b: torch.Tensor
+
+
+def _kernels(x: torch.Tensor) -> Any:
+    return implementation("lora_glu" if backend_for(x) == "triton" else "reference_blocks")
+
+
+def lora_glu(
+    gate: torch.Tensor, up: torch.Tensor, gate_term: LowRank | None, up_term: LowRank | None, activation: str
+) -> torch.Tensor:
+    """act(gate + gate_term) * (up + up_term) for gate and up [T, N] of unit stride in a row.
+
+    The sums are rounded to the dtype, and so is the activation.
+    """
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, known(activation), out)
+    return out
+
+
+def lora_glu_backward(
+    dy: torch.Tensor,
+    dy_term: LowRank | None,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    gate_term: LowRank | None,
+    up_term: LowRank | None,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    activation: str,
+) -> None:
+    """Write the gradients of gate and up for that of the output, dy + dy_term; dy then becomes the output itself.
+
+    dgate and dup may be gate and up.
+    """
+    _kernels(gate).lora_glu_bwd(dy, dy_term, gate, up, gate_term, up_term, dgate, dup, known(activation))

@@ -1,0 +1,26 @@
+"""Trainer itself, whatever it trains: what a step spends beside the model."""
+
+from sloth_plugins.registry import Patch, TrainerSpec, hookimpl
+
+OPTIMIZER = "bitsandbytes.optim.optimizer"
+
+
+@hookimpl
+def sloth_trainers() -> list[TrainerSpec]:
+    """Every trainer that derives from Trainer."""
+    one_launch = Patch(
+        name="optimizer_step",
+        target="transformers.trainer:Trainer",
+        replacement="sloth_plugins.patches.trainers.optimizer_step:one_launch",
+        replaces=(
+            f"{OPTIMIZER}:Optimizer8bit.step",
+            f"{OPTIMIZER}:Optimizer8bit.get_config",
+            f"{OPTIMIZER}:Optimizer2State.init_state",
+            f"{OPTIMIZER}:Optimizer2State.update_step",
+        ),
+        requires=("bitsandbytes>=0.48",),
+        # Paged states move between host and device one tensor at a time; the other optimizers are not Adam.
+        where={"optim": ("adamw_8bit", "adamw_bnb_8bit")},
+        summary="8-bit AdamW over all small tensors in one launch, without waiting for the device after each",
+    )
+    return [TrainerSpec(name="trainer", family="trainer", patches=(one_launch,))]

@@ -1,0 +1,83 @@
+"""The gated activation that adds low-rank terms, against the separate steps in float64."""
+
+import pytest
+import torch
+from accuracy import INTERPRETED, assert_accurate
+
+from sloth_plugins.patches.kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
+
+pytestmark = [
+    pytest.mark.usefixtures("_poisoned"),
+    # numpy's words in the interpreter, where an exp that overflows is meant to.
+    pytest.mark.filterwarnings("ignore:overflow encountered"),
+]
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+ACTS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+# (tokens, features, ranks of gate, up and down; 0 for none)
+CASES = [(3, 7, 4, 4, 4), (5, 130, 1, 0, 3), (33, 40, 0, 20, 0), (2, 64, 0, 0, 0), (1, 129, 16, 16, 16)]
+
+
+def wide(rows, cols, dtype, extra=3):
+    """A view of unit stride in a row, with other memory between its rows."""
+    return torch.randn(rows, cols + extra).to(dtype)[:, :cols]
+
+
+def term(tokens, features, rank, dtype, transposed=False):
+    if not rank:
+        return None
+    b = torch.randn(rank, features).to(dtype).t() if transposed else torch.randn(features, rank).to(dtype)
+    return LowRank(wide(tokens, rank, dtype), b)
+
+
+def plus(y, added):
+    return y if added is None else y + added.x.to(y.dtype) @ added.b.to(y.dtype).t()
+
+
+@pytest.mark.parametrize("activation", ACTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_values_and_gradients(case, dtype, activation, in_place):
+    tokens, features, gate_rank, up_rank, down_rank = case
+    gate, up, dy = (wide(tokens, features, dtype) for _ in range(3))
+    gate_term, up_term = term(tokens, features, gate_rank, dtype), term(tokens, features, up_rank, dtype)
+    dy_term = term(tokens, features, down_rank, dtype, transposed=True)
+
+    def plain(kind):
+        leaves = [t.to(kind).detach().requires_grad_() for t in (gate, up)]
+        y = ACTS[activation](plus(leaves[0], gate_term)) * plus(leaves[1], up_term)
+        return [y.detach(), *torch.autograd.grad(y, leaves, plus(dy.to(kind), dy_term))]
+
+    torchs, truths = plain(dtype), plain(torch.float64)
+    y = lora_glu(gate, up, gate_term, up_term, activation)
+    dgate, dup = (gate.clone(), up.clone()) if in_place else (torch.empty_like(gate), torch.empty_like(up))
+    sources = (dgate, dup) if in_place else (gate, up)
+    grad = dy.clone()
+    lora_glu_backward(grad, dy_term, *sources, gate_term, up_term, dgate, dup, activation)
+    # Torch's own activations differ a little between layouts, which are the same ones wherever blocks ask.
+    if INTERPRETED:
+        assert torch.equal(grad, y)
+    for name, found, own, truth in zip(
+        ("y", "y again", "dgate", "dup"), (y, grad, dgate, dup), torchs[:1] + torchs, truths[:1] + truths, strict=True
+    ):
+        assert_accurate(name, found, own, truth)
+
+
+def test_the_output_is_given_back_to_the_bit():
+    gate, up = torch.randn(33, 40), torch.randn(33, 40)
+    gate_term, up_term = term(33, 40, 4, torch.float32), term(33, 40, 4, torch.float32)
+    y, dy = lora_glu(gate, up, gate_term, up_term, "silu"), torch.randn(33, 40)
+    lora_glu_backward(dy, None, gate, up, gate_term, up_term, gate, up, "silu")
+    assert torch.equal(dy, y)
+
+
+def test_what_lies_between_rows_is_not_touched():
+    memory = torch.full((4, 20), 7.0)
+    gate, up, dy = memory[:, :6], torch.randn(4, 6), torch.randn(4, 6)
+    gate.copy_(torch.randn(4, 6))
+    lora_glu_backward(dy, None, gate, up, None, None, gate, up, "silu")
+    assert (memory[:, 6:] == 7.0).all()
