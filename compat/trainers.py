@@ -63,7 +63,13 @@ def _chat(text: Text) -> Row:
     return {"messages": [{"role": "user", "content": text(4)}, {"role": "assistant", "content": text(6)}]}
 
 
+def _tokens(text: Text) -> Row:
+    ids = [ord(letter) - 29 for letter in text(12)]
+    return {"input_ids": ids, "labels": ids}
+
+
 RECIPES = {
+    "Trainer": Recipe(_tokens, {"optim": "adamw_8bit", "learning_rate": 1e-3}),
     "SFTTrainer": Recipe(_plain),
     "DPOTrainer": Recipe(_pair),
     "KTOTrainer": Recipe(_judged),
@@ -157,9 +163,11 @@ def build(kind: type, folder: str, *, adapters: bool) -> Any:
     from transformers import set_seed
 
     recipe = RECIPES[kind.__name__]
-    config = getattr(
-        import_module(kind.__module__.removesuffix("_trainer") + "_config"), kind.__name__.replace("Trainer", "Config")
-    )
+    if kind.__name__ == "Trainer":
+        config = import_module("transformers").TrainingArguments
+    else:
+        module = import_module(kind.__module__.removesuffix("_trainer") + "_config")
+        config = getattr(module, kind.__name__.replace("Trainer", "Config"))
     known = {field.name for field in dataclasses.fields(config)}
     set_seed(1)
     model = network(0)

@@ -23,4 +23,10 @@ def sloth_trainers() -> list[TrainerSpec]:
         where={"optim": ("adamw_8bit", "adamw_bnb_8bit")},
         summary="8-bit AdamW over all small tensors in one launch, without waiting for the device after each",
     )
-    return [TrainerSpec(name="trainer", family="trainer", patches=(one_launch,))]
+    bookkeeping = Patch(
+        name="bookkeeping",
+        target="transformers.trainer:Trainer",
+        replacement="sloth_plugins.patches.trainers.bookkeeping:remembered",
+        summary="no walks through all modules at every step for what does not change",
+    )
+    return [TrainerSpec(name="trainer", family="trainer", patches=(one_launch, bookkeeping))]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from .origin import foreign_layer
+from .origin import foreign_layer, home
 
 DIGITS = 16
 # Present or absent by the version of Python, or without effect on what runs.
@@ -65,6 +65,9 @@ def _canonical(node: Any) -> str:
     return repr(node)
 
 
+DISPATCHERS = f"{__package__}.scoped"
+
+
 def _plain(function: Any) -> types.FunctionType | None:
     """The Python function behind decorators, bound methods and the `kernels` package's stand-ins."""
     if not inspect.isroutine(function) and hasattr(type(function), "forward"):
@@ -94,6 +97,9 @@ def _called(function: types.FunctionType, tree: ast.AST, owner: type | None) -> 
             found = inspect.getattr_static(owner, node.attr, None) if owner is not None else None
         if isinstance(found, types.FunctionType | staticmethod):
             found = getattr(found, "__func__", found)
+            # Our own dispatcher stands there while another patch replaces the function for its callers.
+            while home(found) == DISPATCHERS and hasattr(found, "__wrapped__"):
+                found = found.__wrapped__
             plain = _plain(found)
             if plain is not None and plain is not function and plain.__module__ == function.__module__:
                 foreign = foreign_layer(found, function.__module__)

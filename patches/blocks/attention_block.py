@@ -92,7 +92,7 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
 
 
 def _fill(run: Run, k: Tensor, v: Tensor) -> None:
-    """Put k and v [B, S, Hk, D] into upstream's cache; whoever differentiates through them is told that it cannot be."""
+    """Put k and v [B, S, Hk, D] into upstream's cache, where differentiating through them raises."""
     refuse = torch._C._functions.DelayedError(
         "the keys and values that a fused block leaves in a cache cannot be differentiated; "
         "exclude the patch: SLOTH_PLUGINS=...,-*:blocks",

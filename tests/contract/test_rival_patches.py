@@ -34,7 +34,9 @@ def rivals(architecture, monkeypatch):
     name, _ = architecture
     pairs = [(patch.name, f"{patch.name}_too") for patch in KNOWN.patches(name)]
     doubles = [
-        dataclasses.replace(patch, name=f"{patch.name}_too", replacement=f"{__name__}:counting", default=False)
+        dataclasses.replace(
+            patch, name=f"{patch.name}_too", replacement=f"{__name__}:counting", layout=None, default=False
+        )
         for patch in KNOWN.patches(name)
     ]
     module = types.ModuleType("doubles")

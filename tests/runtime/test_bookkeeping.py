@@ -1,0 +1,94 @@
+"""Trainer without walks through the model at every step: what it then knows and does is what it was."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import sloth_plugins
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+
+
+def trainer(folder, steps=3):
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(r=2, target_modules="all-linear"))
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(8)]
+    args = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, max_steps=steps, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    return Trainer(model=model, args=args, train_dataset=rows)
+
+
+def patched(folder):
+    made = trainer(folder)
+    report = sloth_plugins.patch(made.model, "trainer:bookkeeping", trainer=made)
+    assert [o.state for o in report.outcomes if o.patch == "bookkeeping"] == ["applied"]
+    return made
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """Calls of the model's own `train` and `num_parameters`."""
+    seen = []
+    for name in ("train", "num_parameters"):
+        original = getattr(LlamaForCausalLM, name)
+
+        def counting(self, *args, name=name, original=original, **kwargs):
+            seen.append(name)
+            return original(self, *args, **kwargs)
+
+        counting.__module__ = original.__module__
+        monkeypatch.setattr(LlamaForCausalLM, name, counting)
+    return seen
+
+
+def test_the_count_is_upstreams_and_made_once(tmp_path, walks):
+    stock = trainer(tmp_path)
+    stock.train()
+    counted = walks.count("num_parameters")
+    del walks[:]
+    ours = patched(tmp_path)
+    ours.train()
+    assert ours.state.total_flos == stock.state.total_flos > 0
+    assert walks.count("num_parameters") == counted - 2
+    assert "num_parameters" not in vars(ours.model.get_base_model())
+
+
+def test_the_mode_is_set_only_where_it_is_another(tmp_path, walks):
+    ours = patched(tmp_path)
+    ours.train()
+    in_loop = walks.count("train")
+    stock = trainer(tmp_path)
+    del walks[:]
+    stock.train()
+    assert in_loop == walks.count("train") - 3
+    assert "train" not in vars(ours.model)
+
+
+def test_a_module_in_another_mode_is_brought_back(tmp_path):
+    ours = patched(tmp_path)
+    norm = ours.model.get_base_model().model.norm
+    modes = []
+
+    def step(self, *args, **kwargs):
+        norm.eval()
+        result = type(self).training_step(self, *args, **kwargs)
+        modes.append(norm.training)
+        return result
+
+    ours.training_step = step.__get__(ours)
+    ours.train()
+    assert modes == [True] * 3
+
+
+def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    ours = patched(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ours, "compute_loss", fail)
+    with pytest.raises(KeyboardInterrupt):
+        ours.train()
+    assert "train" not in vars(ours.model)
