@@ -1,20 +1,59 @@
-"""What Trainer asks of every module at every step, although the answer does not change: the mode, and a count."""
+"""What Trainer asks of every module at every step: the mode and a count, which do not change, and all parameters."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from .scope import Method
+from .scope import Method, within
 
 _counts: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def remembered(trainer: type) -> dict[str, Method]:
-    """`training_step` and `floating_point_ops` of a trainer's class, without walks through the model for nothing."""
+    """Methods of a trainer's class, without walks through the model for nothing, and with short ones otherwise."""
     methods = {"training_step": _training_step, "floating_point_ops": _floating_point_ops}
-    return {name: wrap(getattr(trainer, name)) for name, wrap in methods.items() if hasattr(trainer, name)}
+    wrapped = {name: wrap(getattr(trainer, name)) for name, wrap in methods.items() if hasattr(trainer, name)}
+    return {**wrapped, **within(trainer, _short_walks, "_inner_training_loop")}
+
+
+_parameters = torch.nn.Module.parameters
+_named = torch.nn.Module.named_parameters, torch.nn.Module.named_modules
+
+
+def parameters(self: torch.nn.Module, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+    """`torch.nn.Module.parameters`: the same in the same order, without a name for each."""
+    if not recurse or (type(self).named_parameters, type(self).named_modules) != _named:
+        yield from _parameters(self, recurse)
+        return
+    todo, modules, seen = [self], set[int](), set[int]()
+    while todo:
+        module = todo.pop()
+        if id(module) in modules:
+            continue
+        modules.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
+        todo += [child for child in reversed(module._modules.values()) if child is not None]
+
+
+@contextmanager
+def _short_walks(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """While a trainer trains: clipping and zeroing ask for the parameters of the model at every step."""
+    if torch.nn.Module.parameters is not _parameters:
+        yield
+        return
+    torch.nn.Module.parameters = parameters  # type: ignore[method-assign]  # for the time of the training
+    try:
+        yield
+    finally:
+        if torch.nn.Module.parameters is parameters:
+            torch.nn.Module.parameters = _parameters  # type: ignore[method-assign]  # as it was
 
 
 def _is_training(model: torch.nn.Module) -> bool:

@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sloth_plugins
+from sloth_plugins.patches.trainers.bookkeeping import parameters
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 
@@ -92,3 +93,41 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ours.train()
     assert "train" not in vars(ours.model)
+
+
+def test_parameters_come_in_torchs_order(tmp_path):
+    model = trainer(tmp_path).model
+    shared = torch.nn.Linear(2, 2)
+    model.extra = torch.nn.ModuleList(
+        [shared, torch.nn.ModuleDict({"again": shared}), torch.nn.Linear(2, 2, bias=False)]
+    )
+    model.extra[2].weight = shared.weight
+    model.none = None
+    found, expected = list(parameters(model)), list(model.parameters())
+    assert len(found) == len(expected)
+    assert all(a is b for a, b in zip(found, expected, strict=True))
+    assert list(parameters(shared, recurse=False)) == list(shared.parameters(recurse=False))
+
+
+def test_a_class_with_names_of_its_own_is_asked(tmp_path):
+    class Own(torch.nn.Linear):
+        def named_parameters(self, *args, **kwargs):
+            yield "weight", self.weight
+
+    assert len(list(parameters(Own(2, 2)))) == 1
+
+
+def test_torchs_own_is_back_after_training(tmp_path):
+    before = torch.nn.Module.parameters
+    seen = []
+    ours = patched(tmp_path)
+
+    def fail(*args, **kwargs):
+        seen.append(torch.nn.Module.parameters is parameters)
+        raise KeyboardInterrupt
+
+    ours.compute_loss = fail
+    with pytest.raises(KeyboardInterrupt):
+        ours.train()
+    assert seen == [True]
+    assert torch.nn.Module.parameters is before

@@ -395,6 +395,6 @@ def test_another_optimizer_is_said_to_be_another(tmp_path):
     network = model()
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     report = sloth_plugins.patch(network, trainer=Trainer(model=network, args=args))
-    (outcome,) = [outcome for outcome in report.outcomes if outcome.trainer]
+    (outcome,) = [outcome for outcome in report.outcomes if outcome.patch == "optimizer_step"]
     assert (outcome.state, outcome.modules) == ("skipped", 0)
     assert outcome.reason.startswith("config.optim: needs adamw_8bit or adamw_bnb_8bit, found ")
