@@ -29,6 +29,9 @@ def declare(monkeypatch):
             setattr(module, name, hookimpl(function))
         entry = types.SimpleNamespace(name="toy", value="toy", load=lambda: module)
         monkeypatch.setattr(discovery, "entry_points", lambda group: [entry])
+        # Without what is meant for every trainer, so that a trainer is stock where the toy's patches are not for it.
+        builtin = tuple(name for name in discovery.BUILTIN if name != "trainer")
+        monkeypatch.setattr(discovery.Plugins.__init__, "__defaults__", (builtin,))
         discovery.plugins.cache_clear()
 
     return declared

@@ -55,7 +55,7 @@ def messages(plugins):
 def test_the_builtin_architectures_need_no_torch():
     sys_modules_before = set(sys.modules)
     plugins = Plugins(load_entry_points=False)
-    assert plugins.catalogue()["llama"] == ("rms_norm", "rope", "glu", "cross_entropy")
+    assert plugins.catalogue()["llama"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks")
     assert not {name for name in set(sys.modules) - sys_modules_before if name.startswith("transformers")}
     assert plugins.problems == []
 
@@ -81,7 +81,7 @@ def test_a_plugin_that_exits_on_import_is_reported(load):
 
 def test_an_entry_point_named_as_an_earlier_plugin_takes_nothing_away(load):
     plugins = load(llama=plugin(sloth_patches=lambda architecture: [PATCH] if architecture.name == "llama" else []))
-    assert [patch.name for patch in plugins.patches("llama")] == ["rms_norm", "rope", "glu", "cross_entropy", "norm"]
+    assert [patch.name for patch in plugins.patches("llama")] == ["rms_norm", "rope", "glu", "cross_entropy", "blocks", "norm"]
     assert messages(plugins) == []
 
 
@@ -148,7 +148,7 @@ def test_patches_are_added_to_somebody_elses_architecture_once(load):
         a=plugin(sloth_patches=lambda architecture: [added]),
         b=plugin(sloth_patches=lambda architecture: [added] if architecture.name == "llama" else []),
     )
-    assert [patch.name for patch in plugins.patches("llama")] == ["rms_norm", "rope", "glu", "cross_entropy", "mine"]
+    assert [patch.name for patch in plugins.patches("llama")] == ["rms_norm", "rope", "glu", "cross_entropy", "blocks", "mine"]
     assert any("'mine'" in text and "'a'" in text and "'b'" in text for text in messages(plugins))
 
 
@@ -210,8 +210,8 @@ def test_families_can_be_named_beside_their_architectures():
     assert {"llama", "mistral", "ministral", "qwen", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3"} <= set(
         catalogue
     )
-    assert catalogue["phi"] == ("rms_norm", "rope", "glu", "cross_entropy", "layer_norm", "mlp")
-    assert catalogue["phi3"] == ("rms_norm", "rope", "glu", "cross_entropy")
+    assert catalogue["phi"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks", "layer_norm", "mlp")
+    assert catalogue["phi3"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks")
 
 
 def test_a_plugin_adds_to_a_family(load):
