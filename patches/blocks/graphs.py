@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..kernels.four_bit_weight import FourBit
+from ..kernels.notices import say_once
 from ..kernels.once import differentiable_once
 from ..kernels.ownership import graph_is_kept, saving_is_plain
 from . import attention_block, mlp_block
@@ -50,6 +52,7 @@ class _Device:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
         self.count = 0
         self.bytes = 0
+        self.is_broken = False
         self.waiting: dict[int, weakref.ref[_Token]] = {}
         # The pool is gone with its last graph, and layers come and go.
         with self.capturing() as self.anchor:
@@ -62,6 +65,11 @@ class _Device:
             elif other >= index:
                 return False
         return True
+
+    def give_up(self, error: RuntimeError) -> None:
+        """Capture nothing more on this device, and say so."""
+        self.is_broken = True
+        say_once(f"blocks: no CUDA graphs from here on, because capturing one failed ({' '.join(str(error).split())})")
 
     @contextmanager
     def capturing(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -89,11 +97,17 @@ class LayerGraph:
         self.inputs = [x.clone(), run.cos.clone(), run.sin.clone()]
         self.run = dataclasses.replace(run, cos=self.inputs[1], sin=self.inputs[2])
         self.backward_graph: torch.cuda.CUDAGraph | None = None
+        self.pointers = self._pointers()
         with device.capturing() as self.forward_graph:
             self.run.parts.copies.refresh()
             self.attention, mid = attention_block.forward(self.run, self.inputs[0], differentiable=True)
             self.source = rows(self.inputs[0]) if run.parts.is_parallel else mid
             self.mlp, self.out = mlp_block.forward(self.run, self.source, mid)
+
+    def _pointers(self) -> list[int]:
+        """Where the base weights lie: sharding may free them between forward and backward, and put them elsewhere."""
+        weights = (p.weight for group in self.run.parts.groups for p in group.projections)
+        return [(w.packed if isinstance(w, FourBit) else w).data_ptr() for w in weights]
 
     def forward(self, run: Run, x: Tensor) -> Tensor:
         """The layer's output [B, S, h]."""
@@ -119,13 +133,19 @@ class LayerGraph:
     def backward(self, grad: Tensor, need_dx: bool) -> tuple[Tensor | None, list[Tensor | None]]:
         """(gradient of x [B, S, h], gradients of the adapters), in memory of their own."""
         shape = self.inputs[0].shape
-        if graph_is_kept():
+        if graph_is_kept() or self._pointers() != self.pointers:
             dx, grads = self._differentiate(rows(grad), need_dx, False)
             return None if dx is None else dx.view(shape), grads
         if self.backward_graph is None:
             self.grad = rows(grad).clone()
-            with self.device.capturing() as self.backward_graph:
-                self.dx, self.grads = self._differentiate(self.grad, need_dx, True)
+            try:
+                with self.device.capturing() as graph:
+                    self.dx, self.grads = self._differentiate(self.grad, need_dx, True)
+            except RuntimeError as error:
+                self.device.give_up(error)
+                dx, grads = self._differentiate(rows(grad), need_dx, False)
+                return None if dx is None else dx.view(shape), grads
+            self.backward_graph = graph
         else:
             self.grad.copy_(rows(grad))
         self.backward_graph.replay()
@@ -202,19 +222,23 @@ def graph_for(layer: torch.nn.Module, run: Run, x: Tensor, params: Sequence[torc
     if seen.key != key:
         seen.key, seen.times = key, 0
     seen.times += 1
-    if seen.graph is not None and seen.graph.key == key:
+    if seen.graph is not None and seen.graph.key == key and not seen.graph.device.is_broken:
         return seen.graph if seen.graph.device.may_replay(seen.graph.index) else None
     if x.device not in _devices:
         _devices[x.device] = _Device(x.device)
     device = _devices[x.device]
-    if seen.times <= SEEN or not device.may_replay(device.count) or not any(needs):
+    if device.is_broken or seen.times <= SEEN or not device.may_replay(device.count) or not any(needs):
         return None
     size = _bytes(run, x)
     if device.bytes + size > MAX_SHARE * torch.cuda.get_device_properties(x.device).total_memory:
         return None
+    try:
+        with torch.cuda.device(x.device):
+            seen.graph = LayerGraph(key, device, run, x.detach(), needs)
+    except RuntimeError as error:
+        device.give_up(error)
+        return None
     device.bytes += size
-    with torch.cuda.device(x.device):
-        seen.graph = LayerGraph(key, device, run, x.detach(), needs)
     weakref.finalize(seen.graph, _forget, device, size)
     return seen.graph
 

@@ -81,7 +81,14 @@ def test_a_plugin_that_exits_on_import_is_reported(load):
 
 def test_an_entry_point_named_as_an_earlier_plugin_takes_nothing_away(load):
     plugins = load(llama=plugin(sloth_patches=lambda architecture: [PATCH] if architecture.name == "llama" else []))
-    assert [patch.name for patch in plugins.patches("llama")] == ["rms_norm", "rope", "glu", "cross_entropy", "blocks", "norm"]
+    assert [patch.name for patch in plugins.patches("llama")] == [
+        "rms_norm",
+        "rope",
+        "glu",
+        "cross_entropy",
+        "blocks",
+        "norm",
+    ]
     assert messages(plugins) == []
 
 
@@ -148,7 +155,14 @@ def test_patches_are_added_to_somebody_elses_architecture_once(load):
         a=plugin(sloth_patches=lambda architecture: [added]),
         b=plugin(sloth_patches=lambda architecture: [added] if architecture.name == "llama" else []),
     )
-    assert [patch.name for patch in plugins.patches("llama")] == ["rms_norm", "rope", "glu", "cross_entropy", "blocks", "mine"]
+    assert [patch.name for patch in plugins.patches("llama")] == [
+        "rms_norm",
+        "rope",
+        "glu",
+        "cross_entropy",
+        "blocks",
+        "mine",
+    ]
     assert any("'mine'" in text and "'a'" in text and "'b'" in text for text in messages(plugins))
 
 
