@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,16 +45,24 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _seeds(parts: Parts) -> dict[str, Sequence[int]]:
-    """A seed for each projection; drawn from torch's generator only if there is dropout, as upstream would."""
-    names = ("qkv", "o", "up", "down")
-    seeds: dict[str, Sequence[int]] = {
-        name: [0] * len(group.projections) for name, group in zip(names, parts.groups, strict=True)
-    }
-    for name, group in zip(names, parts.groups, strict=True):
-        if group.has_dropout:
-            seeds[name] = torch.randint(2**31 - 1, (len(group.projections),)).tolist()
+def _seeds(parts: Parts, device: torch.device) -> dict[str, Sequence[int]]:
+    """A seed for each projection, drawn where there is dropout, from the generator that upstream's draws from."""
+    seeds: dict[str, Sequence[int]] = {}
+    for name, group in zip(("qkv", "o", "up", "down"), parts.groups, strict=True):
+        count = len(group.projections)
+        seeds[name] = _draw(count, device) if group.has_dropout else [0] * count
     return seeds
+
+
+def _draw(count: int, device: torch.device) -> list[int]:
+    """So many seeds of 31 bits; on a GPU without waiting for it, by moving its generator on as a kernel would."""
+    if device.type != "cuda":
+        drawn: list[int] = torch.randint(2**31 - 1, (count,)).tolist()
+        return drawn
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)
+    return [zlib.crc32(f"{generator.initial_seed()} {offset} {i}".encode()) >> 1 for i in range(count)]
 
 
 _readings: WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], Watch, Parts]] = WeakKeyDictionary()
@@ -103,7 +112,7 @@ class _Fused:
             attention=attention,
             cos=cos,
             sin=sin,
-            seeds=_seeds(parts),
+            seeds=_seeds(parts, x.device),
             may_overwrite=saving_is_plain(),
             is_differentiable=torch.is_grad_enabled(),
             cache=cache,

@@ -159,3 +159,20 @@ def test_graphs_give_what_eager_gives(family, monkeypatch):
                 torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_dropout_draws_from_the_cards_generator_alone():
+    model = build(("llama", "llama"))
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.lora_dropout = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.3)})
+    patch(model, "*:blocks")
+    ids, found = batch(), []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(gradients(model, ids))
+        assert torch.equal(torch.get_rng_state(), before)
+    name = next(iter(found[0]))
+    torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-2, atol=1e-4)
+    assert (found[0][name] - found[2][name]).norm() > 0.1 * found[0][name].norm()
