@@ -46,7 +46,9 @@ class Code:
     module: str
 
 
-class _Refused(Exception):
+class Refused(Exception):
+    """Why something cannot be resolved, as the `Skip` that says so."""
+
     def __init__(self, skip: Skip) -> None:
         super().__init__(str(skip))
         self.skip = skip
@@ -57,12 +59,12 @@ def _look_up(path: str, field: str) -> tuple[ModuleType, Any]:
     try:
         module = import_module(module_name)
     except Exception as error:
-        raise _Refused(Skip(f"{field} {path} cannot be imported ({type(error).__name__}: {error})")) from error
+        raise Refused(Skip(f"{field} {path} cannot be imported ({type(error).__name__}: {error})")) from error
     try:
         return module, getattr(module, attribute)
     except AttributeError as error:
         hint = nearest(attribute, dir(module))
-        raise _Refused(Skip(f"{field} {path} does not exist{hint}")) from error
+        raise Refused(Skip(f"{field} {path} does not exist{hint}")) from error
 
 
 def _defining(kind: type, name: str) -> type:
@@ -74,13 +76,13 @@ def _class(path: str, field: str) -> type:
     """The class, provided that it and its forward are upstream's own."""
     module, kind = _look_up(path, field)
     if not isinstance(kind, type) or not callable(getattr(kind, "forward", None)):
-        raise _Refused(Skip(f"{field} {path} is not a class with a forward"))
+        raise Refused(Skip(f"{field} {path} is not a class with a forward"))
     if kind.__module__ != module.__name__:
-        raise _Refused(Skip(f"{field} {path} was replaced by {kind.__module__}.{kind.__qualname__}"))
+        raise Refused(Skip(f"{field} {path} was replaced by {kind.__module__}.{kind.__qualname__}"))
     defining = _defining(kind, "forward")
     foreign = foreign_layer(defining.forward, defining.__module__)  # type: ignore[attr-defined]  # it is in its vars
     if foreign is not None:
-        raise _Refused(Skip(f"{kind.__qualname__}.forward was replaced by {foreign}"))
+        raise Refused(Skip(f"{kind.__qualname__}.forward was replaced by {foreign}"))
     return kind
 
 
@@ -116,12 +118,12 @@ def _make(factory: Any, patch: Patch, original: Forward) -> Forward:
         replacement = factory(original) if patch.layout is None else factory(original, patch.layout)
     except Exception as error:
         reason = f"replacement {patch.replacement} raised {type(error).__name__}: {error}"
-        raise _Refused(Skip(reason)) from error
+        raise Refused(Skip(reason)) from error
     if not callable(replacement):
-        raise _Refused(Skip(f"replacement {patch.replacement} returned {replacement!r}, not a forward"))
+        raise Refused(Skip(f"replacement {patch.replacement} returned {replacement!r}, not a forward"))
     lacking = accepts(replacement, original)
     if lacking:
-        raise _Refused(
+        raise Refused(
             Skip(f"replacement {patch.replacement} does not fit the signature of {patch.target}: it lacks {lacking}")
         )
     return replacement  # type: ignore[no-any-return]  # checked to be callable
@@ -132,22 +134,22 @@ def _make_methods(factory: Any, patch: Patch, kind: type) -> dict[str, Any]:
     try:
         methods: dict[str, Any] = dict(factory(kind))
     except Exception as error:
-        raise _Refused(Skip(f"replacement {patch.replacement} raised {type(error).__name__}: {error}")) from error
+        raise Refused(Skip(f"replacement {patch.replacement} raised {type(error).__name__}: {error}")) from error
     if not methods:
-        raise _Refused(Skip(f"replacement {patch.replacement} has nothing to replace in {kind.__qualname__}"))
+        raise Refused(Skip(f"replacement {patch.replacement} has nothing to replace in {kind.__qualname__}"))
     for name, method in methods.items():
         original = getattr(kind, name, None)
         if not callable(original):
-            raise _Refused(Skip(f"{kind.__qualname__} has no method {name}"))
+            raise Refused(Skip(f"{kind.__qualname__} has no method {name}"))
         function = getattr(method, "__func__", method)
         if not callable(function) or _is_static(method) != _is_static(inspect.getattr_static(kind, name)):
-            raise _Refused(
+            raise Refused(
                 Skip(f"replacement {patch.replacement} returned {method!r} for {name}, which is another kind")
             )
         lacking = accepts(function, original)
         if lacking:
             where = f"{kind.__qualname__}.{name}"
-            raise _Refused(
+            raise Refused(
                 Skip(f"replacement {patch.replacement} does not fit the signature of {where}: it lacks {lacking}")
             )
     return methods
@@ -203,10 +205,10 @@ def _replaced_drift(patch: Patch) -> str | None:
     drift = None
     for code in replaced_code(patch):
         if isinstance(code, str):
-            raise _Refused(Skip(f"{code}, which it stands in for, does not exist"))
+            raise Refused(Skip(f"{code}, which it stands in for, does not exist"))
         foreign = foreign_layer(code.function, code.module)
         if foreign is not None:
-            raise _Refused(Skip(f"{code.path.partition(':')[2]} was replaced by {foreign}"))
+            raise Refused(Skip(f"{code.path.partition(':')[2]} was replaced by {foreign}"))
         drift = drift or _drift(patch, code.path, code.function, code.owner, deep=True)
     return drift
 
@@ -252,7 +254,7 @@ def bind(patch: Patch) -> Binding | Skip:
         drift = drift or _drift(patch, patch.within, caller_forward, caller, deep=False) or _replaced_drift(patch)
         methods = _forward(lambda forward: scoped.caller(forward, replacement))
         return Binding(patch, caller, methods, scoped, drift=drift)
-    except _Refused as refused:
+    except Refused as refused:
         return refused.skip
 
 
@@ -274,5 +276,5 @@ def bind_trainer(patch: Patch, kind: type) -> Binding | Skip:
                 return Skip(f"{defining.__qualname__}.{name} was replaced by {foreign}")
         drift = _replaced_drift(patch)
         return Binding(patch, kind, lambda below: _make_methods(factory, patch, below), drift=drift)
-    except _Refused as refused:
+    except Refused as refused:
         return refused.skip

@@ -12,7 +12,7 @@ from sloth_plugins.registry import Patch
 
 from .application import Check, Survey, patched
 from .origin import home
-from .resolving import Binding
+from .resolving import Binding, Refused
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,11 @@ def target_class(patch: Patch, trainer: Any) -> type | None:
 def _hidden(trainer: Any, binding: Binding) -> str | None:
     """Whose method a patch would hide, or None if all that it replaces is that of its target or runs what was there."""
     kind = stock_class(trainer)
-    for name, method in binding.methods(kind).items():
+    try:
+        methods = binding.methods(kind)
+    except Refused as refused:
+        return str(refused.skip)
+    for name, method in methods.items():
         if name in vars(trainer):
             return f"{name} of this {kind.__name__} was replaced by {home(vars(trainer)[name])}"
         defining = next(base for base in kind.__mro__ if name in vars(base))

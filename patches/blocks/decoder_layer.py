@@ -118,6 +118,12 @@ class _Fused:
             cache=cache,
         ), x
 
+    def is_generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call fills or reads a cache without a gradient, where nobody expects a fused block."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        cached = given.get("past_key_values", given.get("past_key_value")) is not None
+        return cached and not torch.is_grad_enabled()
+
     def _only_fills(self, cache: Any, layer: torch.nn.Module) -> bool:
         """Whether a cache is one that transformers makes anew for a forward in training, where nobody reads it."""
         index = getattr(self._attention_module(layer), "layer_idx", None)
@@ -203,7 +209,8 @@ def decoder_layer(original: Forward, layout: Layout) -> Forward:
         try:
             prepared = fused.prepare(self, args, kwargs)
         except Refused as refused:
-            say_once(f"blocks: {type(self).__name__} runs upstream's forward, because {refused}")
+            if not fused.is_generating(args, kwargs):
+                say_once(f"blocks: {type(self).__name__} runs upstream's forward, because {refused}")
             checkpoint = getattr(self, _CHECKPOINT, None)
             if isinstance(checkpoint, _Deferred) and is_checkpointed(self):
                 return checkpoint.function(functools.partial(original, self, **kwargs), *args)

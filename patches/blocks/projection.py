@@ -178,6 +178,9 @@ def _base(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> tupl
     ):
         raise Refused(f"{name} computes in {module.compute_dtype}, its input is in {compute}")
     four_bit = _four_bit_of(module, name)
+    if x.device.type == "cpu" and four_bit.shape[1] % four_bit.blocksize:
+        # Its kernel for the CPU takes other scales than the one for a GPU there, and stock training has those.
+        raise Refused(f"bitsandbytes reads {name}, whose rows are no whole blocks, in a way of its own on a CPU")
     if four_bit.shape != (module.out_features, module.in_features):
         raise Refused(f"the weight of {name} is sharded")
     return four_bit, bias

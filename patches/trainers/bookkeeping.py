@@ -78,16 +78,17 @@ def _is_transformers(own: Any, module: Any) -> bool:
 
 def _training_step(original: Method) -> Method:
     @functools.wraps(original)
-    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if "train" in vars(model) or not _is_training(model):
-            return original(self, model, *args, **kwargs)
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else kwargs.get("model")
+        if not isinstance(model, torch.nn.Module) or "train" in vars(model) or not _is_training(model):
+            return original(self, *args, **kwargs)
 
         def train(mode: bool = True) -> Any:
             return model if mode else type(model).train(model, mode)
 
         vars(model)["train"] = train
         try:
-            return original(self, model, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             del vars(model)["train"]
 

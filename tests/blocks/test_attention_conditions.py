@@ -51,7 +51,13 @@ def test_a_cache(runs, said):
         assert torch.equal(model(input_ids=ids, past_key_values=found).logits, logits)
     assert not runs
     assert found.get_seq_length() == expected.get_seq_length() == ids.shape[1]
-    assert any("a cache of keys and values" in line for line in said)
+    # Generating is no training that somebody would wonder about.
+    assert not said
+    model.train()
+    ids = batch()
+    past = model(input_ids=ids[:, :6], use_cache=True).past_key_values
+    model(input_ids=ids[:, 6:], past_key_values=past)
+    assert any("a cache of keys and values is read" in line for line in said)
 
 
 def error_of(function):
@@ -70,7 +76,7 @@ def test_gradients_through_a_cache():
         model.config.use_cache = True
         if fused:
             fuse(model)
-        past = model(input_ids=ids[:, :6]).past_key_values
+        past = model(input_ids=ids[:, :6], use_cache=True).past_key_values
         loss = model(input_ids=ids[:, 6:], labels=ids[:, 6:], past_key_values=past).loss
         error = error_of(loss.backward)
         if fused and "differentiated" in error:

@@ -162,3 +162,14 @@ def test_prepared_for_training_under_autocast(compute_dtype, checkpointing, runs
     for (loss, _), (expected_loss, _) in zip(found, expected, strict=True):
         torch.testing.assert_close(loss, expected_loss, rtol=2e-3, atol=0)
     assert (ours - truth).norm() <= 1.15 * (stock - truth).norm()
+
+
+def test_rows_that_bitsandbytes_reads_otherwise_on_a_cpu_are_left_to_it(runs, said, monkeypatch):
+    monkeypatch.setitem(SIZES, "intermediate_size", 144)
+    model, _ = quantised()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    expected = gradients(model)[1]
+    fuse(model)
+    assert distance(gradients(model)[1], expected) < 1e-6
+    assert not runs
+    assert any("mlp.down_proj, whose rows are no whole blocks" in line for line in said)

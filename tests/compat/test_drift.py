@@ -120,14 +120,14 @@ def test_an_attention_that_calls_its_function_otherwise(rewrite):
 
 
 def test_an_attention_that_rotates_elsewhere(rewrite):
-    """A deferred norm that nobody settles must never pass."""
+    """What neither the deferred norms nor the blocks see must never pass."""
     lines = source_of(gemma3.Gemma3Attention.forward).splitlines()
     kept = [line for line in lines if "= apply_rotary_pos_emb(" not in line]
     assert len(kept) == len(lines) - 1
     rewrite(gemma3, "\n".join(kept), gemma3.Gemma3Attention)
     found = cell(cells.TOGETHER, "gemma3", "gemma3_text")
     assert found.state == "red"
-    assert found.failed == ["exception"]
+    assert {"losses", "gradients"} <= set(found.failed)
 
 
 def test_a_renamed_part(monkeypatch):

@@ -131,3 +131,18 @@ def test_torchs_own_is_back_after_training(tmp_path):
         ours.train()
     assert seen == [True]
     assert torch.nn.Module.parameters is before
+
+
+def test_a_trainer_with_a_step_of_its_own_keeps_it(tmp_path):
+    class Own(Trainer):
+        def training_step(self, *args, **kwargs):
+            steps.append(len(args) + len(kwargs))
+            return super().training_step(*args, **kwargs)
+
+    steps = []
+    made = trainer(tmp_path)
+    made.__class__ = Own
+    report = sloth_plugins.patch(made.model, "trainer:bookkeeping", trainer=made)
+    assert [o.state for o in report.outcomes if o.patch == "bookkeeping"] == ["applied"]
+    made.train()
+    assert len(steps) == 3

@@ -1,6 +1,7 @@
 """OLMo 2 as a third party ships it: installed with pip, found, chosen, and patched in a launched script."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,9 +48,9 @@ def test_a_launched_script_is_patched_and_trains_to_the_same_losses(site, tmp_pa
         "train_trainer.py", tmp_path, flag="olmo2:rms_norm+rope+glu", arguments=arguments, **path(site)
     )
     assert patched == pytest.approx(stock, rel=1e-5)
-    assert "olmo2:rms_norm       9        applied" in log
-    assert "olmo2:rope           2        applied" in log
-    assert "olmo2:glu            2        applied" in log
+    assert re.search(r"olmo2:rms_norm +9 +applied", log)
+    assert re.search(r"olmo2:rope +2 +applied", log)
+    assert re.search(r"olmo2:glu +2 +applied", log)
 
 
 def test_it_is_listed_with_its_plugin_and_a_typo_is_caught(site, tmp_path):

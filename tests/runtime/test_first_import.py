@@ -1,5 +1,7 @@
 """Whatever a process imports first, the patches apply at the seam."""
 
+import re
+
 import pytest
 from launching import python
 
@@ -35,7 +37,7 @@ Accelerator(cpu=True).prepare(model())
 def test_the_patches_apply(first, seam, tmp_path):
     done = python(f"{first}\n{seam}", tmp_path, flag="1")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.count("llama:rms_norm       5        applied") == 1, done.stderr
+    assert len(re.findall(r"llama:rms_norm +5 +applied", done.stderr)) == 1, done.stderr
 
 
 def test_nothing_happens_without_the_flag(tmp_path):
