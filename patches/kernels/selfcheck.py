@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import reference
+from . import reference, reference_blocks, reference_four_bit
 from .dispatch import backend_for
+from .four_bit_weight import FourBit
 from .ops import activate, apply_rotary, glu, glu_fused, layer_norm, qk_norm_rope, rms_norm
 from .ops.activation import ACTIVATIONS
+from .ops.block_norm import Norm
+from .ops.common import implementation
+from .ops.four_bit import dequantize_four_bit
+from .ops.lora_glu import LowRank
 from .ops.vocab_rows import LogitShape, RowStatistics, rows_implementation
 
 EPS = 1e-6
@@ -114,7 +119,52 @@ def _log_probs(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     return results[0], results[1]
 
 
+def _block_norm(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    x, dn, residual = (draw(11, 100).detach() for _ in range(3))
+    norm = Norm(draw(100).detach(), draw(100).detach(), EPS, is_layer=True)
+    results = []
+    for module in (
+        implementation("block_norm" if backend_for(x) == "triton" else "reference_blocks"),
+        reference_blocks,
+    ):
+        out, dx, grad = torch.empty_like(x), torch.empty_like(x), dn.clone()
+        stats = torch.empty(2, 11, device=x.device)
+        module.block_norm_fwd(x, norm, residual, out, stats)
+        module.block_norm_bwd(grad, x, norm, stats, residual, dx, True)
+        results.append([out, dx, grad])
+    return results[0], results[1]
+
+
+def _lora_glu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    gate, up, dy = (draw(11, 70).detach() for _ in range(3))
+    terms = [LowRank(draw(11, 4).detach(), draw(70, 4).detach()) for _ in range(3)]
+    results = []
+    for module in (
+        implementation("lora_glu" if backend_for(gate) == "triton" else "reference_blocks"),
+        reference_blocks,
+    ):
+        y, grad, dgate, dup = torch.empty_like(gate), dy.clone(), torch.empty_like(gate), torch.empty_like(up)
+        module.lora_glu_fwd(gate, up, terms[0], terms[1], "silu", y)
+        module.lora_glu_bwd(grad, terms[2], gate, up, terms[0], terms[1], dgate, dup, "silu")
+        results.append([y, grad, dgate, dup])
+    return results[0], results[1]
+
+
+def _four_bit(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    like = draw(1)
+    packed = torch.randint(256, (12 * 32,), dtype=torch.uint8).to(like.device)
+    absmax, code = torch.rand(12).to(like.device), torch.linspace(-1, 1, 16).to(like.device)
+    weight = FourBit(packed=packed, absmax=absmax, code=code, blocksize=64, shape=(12, 64), dtype=like.dtype)
+    found, expected = (torch.empty(12, 64, dtype=like.dtype, device=like.device) for _ in range(2))
+    dequantize_four_bit(weight, found)
+    reference_four_bit.dequantize(weight, expected)
+    return [found], [expected]
+
+
 KERNELS: dict[str, Check] = {
+    "block_norm": _block_norm,
+    "lora_glu": _lora_glu,
+    "four_bit": _four_bit,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "rope": _rope,
