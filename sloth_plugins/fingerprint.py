@@ -17,6 +17,7 @@ from typing import Any
 from .origin import foreign_layer, home
 
 DIGITS = 16
+DISPATCHERS = f"{__package__}.scoped"
 # Present or absent by the version of Python, or without effect on what runs.
 IGNORED = frozenset({"ctx", "type_comment", "type_params", "kind", "annotation", "returns"})
 
@@ -63,9 +64,6 @@ def _canonical(node: Any) -> str:
     if isinstance(node, list):
         return f"[{','.join(map(_canonical, node))}]"
     return repr(node)
-
-
-DISPATCHERS = f"{__package__}.scoped"
 
 
 def _plain(function: Any) -> types.FunctionType | None:

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 
 from ..kernels.once import differentiable_once
-from ..kernels.ops.block_norm import norm_rows, norm_rows_backward
+from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
 from ..kernels.ownership import graph_is_kept
 from .attention import State, attend, attend_backward
+from .edges import enter, leave, leave_backward
 from .policy import Policy
-from .run import Run, in_dtype, rows, stash, unstash
+from .run import Run, rows, stash, unstash
 
 Tensor = torch.Tensor
 
@@ -59,12 +60,7 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
     """
     parts, flat, kept = run.parts, rows(x), run.kept
     shape = (x.shape[0], x.shape[1])
-    made: dict[str, Any] = {}
-    normed = torch.empty(flat.shape, dtype=run.dtype, device=x.device)
-    made["stats"] = norm_rows(flat, parts.attention_norm, normed)
-    made["xa"] = kept["xa"] if kept else parts.qkv.low_rank(normed, run.seeds["qkv"])
-    outputs = parts.qkv.forward(normed, made["xa"])
-    del normed
+    made, outputs = enter(parts.qkv, parts.attention_norm, flat, run.seeds["qkv"], kept)
     q, k, v = _heads(run, outputs, shape)
     if parts.qk_norms is not None:
         made["raw_q"], made["raw_k"] = q, k
@@ -81,14 +77,8 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
             made["q"], made["k"] = q, k
     values = _values(state, flat.shape[0])
     made["xa_o"] = kept["xa_o"] if kept else parts.o.low_rank(values, run.seeds["o"])
-    residual = flat if flat.dtype is run.dtype and parts.attention_output_norm is None else None
-    (out,) = parts.o.forward(values, made["xa_o"], residual)
-    if parts.attention_output_norm is not None:
-        made["o"] = out
-        mid = torch.empty_like(flat)
-        made["o_stats"] = norm_rows(out, parts.attention_output_norm, mid, flat)
-        return made, mid
-    return made, out if residual is not None else flat + out
+    left, mid = leave(parts.o, values, made["xa_o"], parts.attention_output_norm, flat)
+    return made | left, mid
 
 
 def _fill(run: Run, k: Tensor, v: Tensor) -> None:
@@ -114,11 +104,7 @@ def backward(
     """(gradient of x, gradients of the adapters of qkv and o) for the gradient [T, h] of the block's output."""
     parts, flat = run.parts, rows(x)
     n_needs = len(parts.qkv.parameters())
-    if parts.attention_output_norm is None:
-        dout = in_dtype(grad, run.dtype)
-    else:
-        dout = torch.empty_like(made["o"])
-        norm_rows_backward(grad, made["o"], parts.attention_output_norm, made["o_stats"], dx=dout)
+    dout = leave_backward(parts.o, parts.attention_output_norm, made, grad)
     state: State = made["state"]
     values = _values(state, flat.shape[0])
     dyb = parts.o.low_rank_grad([dout])

@@ -20,7 +20,7 @@ from .graphs import GraphedLayer, graph_for
 from .mlp_block import MLPBlock
 from .policy import choose, is_checkpointed
 from .projection import Refused
-from .reading import Layout, attention_function, read_layer
+from .reading import Layout, attention_function, parent_of, read_layer
 from .run import Parts, Run
 from .watch import Watch
 
@@ -82,14 +82,14 @@ class _Fused:
 
     def prepare(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, torch.Tensor]:
         """Everything that must be known before the blocks run. Raises `Refused`."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = self._given(args, kwargs)
         x, embeddings = given.get("hidden_states"), given.get("position_embeddings")
         if not isinstance(x, torch.Tensor) or x.dim() != 3 or backend_for(x) is None:
             raise Refused("its input is no plain tensor [batch, sequence, features]")
         if not isinstance(embeddings, tuple | list) or len(embeddings) != 2:
             raise Refused("it gets no rotary embedding")
         # With checkpointing upstream has dropped the cache.
-        cache = given.get("past_key_values", given.get("past_key_value"))
+        cache = _cache(given)
         if cache is not None and not self._only_fills(cache, layer):
             raise Refused("a cache of keys and values is read")
         if given.get("output_attentions"):
@@ -120,21 +120,17 @@ class _Fused:
 
     def is_generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call fills or reads a cache without a gradient, where nobody expects a fused block."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cached = given.get("past_key_values", given.get("past_key_value")) is not None
-        return cached and not torch.is_grad_enabled()
+        return _cache(self._given(args, kwargs)) is not None and not torch.is_grad_enabled()
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def _only_fills(self, cache: Any, layer: torch.nn.Module) -> bool:
         """Whether a cache is one that transformers makes anew for a forward in training, where nobody reads it."""
-        index = getattr(self._attention_module(layer), "layer_idx", None)
+        index = getattr(parent_of(layer, self.layout.o)[1], "layer_idx", None)
         fresh = type(cache).__name__ == "DynamicCache" and index is not None
         return layer.training and torch.is_grad_enabled() and fresh and cache.get_seq_length(index) == 0
-
-    def _attention_module(self, layer: Any) -> Any:
-        module = layer
-        for name in self.layout.o.split(".")[:-1]:
-            module = module._modules[name]
-        return module
 
     def _read(self, layer: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Parts:
         """`read_layer`, or what it gave before if nothing has changed since."""
@@ -146,14 +142,14 @@ class _Fused:
         return known[2]
 
     def _attention(self, layer: Any, given: dict[str, Any]) -> Attention:
-        module = self._attention_module(layer)
+        layout, (_, module) = self.layout, parent_of(layer, self.layout.o)
         if module.training and getattr(module, "attention_dropout", 0.0):
             raise Refused("its attention has dropout")
         function, implementation = attention_function(module)
         keywords = {name: value for name, value in given.items() if name not in OWN}
         for keyword, attribute, own in (
-            ("sliding_window", getattr(self.layout, "sliding_window", None), "sliding_window"),
-            ("softcap", getattr(self.layout, "softcap", None), "attn_logit_softcapping"),
+            ("sliding_window", layout.sliding_window, "sliding_window"),
+            ("softcap", layout.softcap, "attn_logit_softcapping"),
         ):
             if attribute is not None:
                 keywords[keyword] = getattr(module, own, getattr(module.config, attribute, None))
@@ -179,6 +175,11 @@ class _Fused:
             mid = apply_attention(run, x, *first)
             out = apply_mlp(run, x, mid, *second)
         return (out,) if self.as_tuple else out
+
+
+def _cache(given: dict[str, Any]) -> Any:
+    """Upstream's cache of keys and values among a layer's arguments, under either of its names."""
+    return given.get("past_key_values", given.get("past_key_value"))
 
 
 # Where upstream keeps the function that checkpoints a layer.

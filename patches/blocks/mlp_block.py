@@ -5,13 +5,14 @@ from typing import Any
 import torch
 
 from ..kernels.once import differentiable_once
-from ..kernels.ops.block_norm import norm_rows, norm_rows_backward
+from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
 from ..kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
 from ..kernels.ownership import graph_is_kept
 from . import attention_block
+from .edges import enter, leave, leave_backward
 from .policy import Policy
-from .run import Run, in_dtype, rows, stash, unstash
+from .run import Run, rows, stash, unstash
 
 Tensor = torch.Tensor
 
@@ -65,11 +66,9 @@ def _activate_backward(
 def _up(run: Run, mid: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
     """The norm's statistics, and the outputs of gate and up."""
     parts = run.parts
-    normed = torch.empty(mid.shape, dtype=run.dtype, device=mid.device)
-    stats = norm_rows(mid, parts.mlp_norm, normed)
-    xa = kept["xa"] if kept else parts.up.low_rank(normed, run.seeds["up"])
-    outputs = parts.up.forward(normed, xa, with_adapters=not _adds_late(run))
-    return {"stats": stats, "xa": xa, "outputs": outputs}
+    late = _adds_late(run)
+    made, outputs = enter(parts.up, parts.mlp_norm, mid, run.seeds["up"], kept, with_adapters=not late)
+    return {**made, "outputs": outputs}
 
 
 def forward(run: Run, mid: Tensor, residual: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -78,14 +77,8 @@ def forward(run: Run, mid: Tensor, residual: Tensor) -> tuple[dict[str, Any], Te
     made = _up(run, mid, {})
     hidden = _activate(run, made)
     made["xa_down"] = parts.down.low_rank(hidden, run.seeds["down"])
-    added = residual if residual.dtype is run.dtype and parts.mlp_output_norm is None else None
-    (out,) = parts.down.forward(hidden, made["xa_down"], added)
-    if parts.mlp_output_norm is not None:
-        made["down"] = out
-        total = torch.empty_like(residual)
-        made["down_stats"] = norm_rows(out, parts.mlp_output_norm, total, residual)
-        return made, total
-    return made, out if added is not None else residual + out
+    left, out = leave(parts.down, hidden, made["xa_down"], parts.mlp_output_norm, residual)
+    return made | left, out
 
 
 def backward(
@@ -94,11 +87,7 @@ def backward(
     """(gradient of the norm's input, with the residual's unless parallel; gradients of the adapters of up and down)."""
     parts = run.parts
     n_needs = len(parts.up.parameters())
-    if parts.mlp_output_norm is None:
-        dout = in_dtype(grad, run.dtype)
-    else:
-        dout = torch.empty_like(made["down"])
-        norm_rows_backward(grad, made["down"], parts.mlp_output_norm, made["down_stats"], dx=dout)
+    dout = leave_backward(parts.down, parts.mlp_output_norm, made, grad)
     dyb = parts.down.low_rank_grad([dout])
     adds_late = parts.is_gated and parts.down.is_narrow and not parts.down.has_dropout
     dhidden = parts.down.input_grad([dout], dyb, run.seeds["down"], with_adapters=not adds_late)
@@ -130,12 +119,11 @@ class MLPBlock(torch.autograd.Function):
         source = x if run.parts.is_parallel else mid
         made, out = forward(run, rows(source), rows(mid))
         ctx.run = run
+        outputs = made.pop("outputs")
         if run.is_differentiable and any(ctx.needs_input_grad):
             if run.policy is Policy.KEEP:
-                outputs = made.pop("outputs")
                 stash(ctx, {**made, **{f"output{i}": t for i, t in enumerate(outputs)}}, source, *params)
             else:
-                made.pop("outputs")
                 stash(ctx, made, x, *params)
         return out.view(x.shape)
 

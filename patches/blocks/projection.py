@@ -14,7 +14,7 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.four_bit_weight import FourBit, of_quant_state
-from ..kernels.watched import is_watched
+from ..kernels.watched import is_watched, only_moves_inputs
 
 Kind = Literal["dense", "four_bit", "lora"]
 
@@ -104,7 +104,7 @@ def check_call(module: torch.nn.Module, name: str) -> None:
     held = vars(module)
     hook, slot = held.get("_hf_hook"), "forward"
     if hook is not None:
-        if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+        if not only_moves_inputs(hook):
             raise Refused(f"{name} has a hook of accelerate's ({type(hook).__name__})")
         if code_home(held.get("forward")).partition(".")[0] == "accelerate":
             slot = "_old_forward"

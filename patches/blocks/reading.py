@@ -49,6 +49,8 @@ class Layout(Protocol):
     norm_offset: float
     norm_cast: str
     residual: str
+    softcap: str | None
+    sliding_window: str | None
 
 
 @functools.cache
@@ -108,7 +110,8 @@ def _norm(layer: torch.nn.Module, path: str | None, layout: Layout, features: in
     )
 
 
-def _parent(layer: torch.nn.Module, path: str) -> tuple[str, torch.nn.Module]:
+def parent_of(layer: torch.nn.Module, path: str) -> tuple[str, Any]:
+    """(path, module) of what holds the part at `path`. Raises `Refused` where the layer has no such part."""
     name = path.rpartition(".")[0]
     return name, _get(layer, name)
 
@@ -161,7 +164,7 @@ def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: t
     """What the layer computes for an input like x [B, S, h], products being in `dtype`. Raises `Refused`."""
     if x.shape[-1] > MAX_HIDDEN:
         raise Refused(f"a hidden size of {x.shape[-1]} is more than {MAX_HIDDEN}")
-    attention, mlp = _parent(layer, layout.o), _parent(layer, layout.down)
+    attention, mlp = parent_of(layer, layout.o), parent_of(layer, layout.down)
     _check_children(layer, attention, mlp, layout)
     for name, module in (attention, mlp):
         _own(module, name, layout)

@@ -79,11 +79,6 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x itself if it has the dtype."""
-    return x if x.dtype is dtype else x.to(dtype)
-
-
 def stash(ctx: Any, tensors: dict[str, Any], *inputs: Tensor) -> None:
     """Save a call's inputs and the tensors among `tensors` for backward; what is no tensor stays with ctx."""
     names = [name for name, value in tensors.items() if isinstance(value, Tensor)]

@@ -174,7 +174,7 @@ def qk_norm_rope_bwd(
     return dws[0], dws[1]
 
 
-def activate_fwd(x: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+def activate_fwd(x: Tensor, activation: str) -> Tensor:
     """x * s(x), rounded once: for silu s = sigmoid, for gelu the normal distribution, for gelu_tanh its approximation.
 
     The approximation is s(x) = sigmoid(2u), u = sqrt(2/pi) * (x + 0.044715 * x^3), which is (1 + tanh(u)) / 2.
@@ -183,7 +183,7 @@ def activate_fwd(x: Tensor, activation: str, out: Tensor | None = None) -> Tenso
         y: Tensor = torch.nn.functional.silu(x)
     else:
         y = torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y if out is None else out.copy_(y)
+    return y
 
 
 def _activation_grad(x: Tensor, activation: str) -> Tensor:

@@ -17,7 +17,7 @@ from .four_bit_weight import FourBit
 from .ops import activate, apply_rotary, glu, glu_fused, layer_norm, qk_norm_rope, rms_norm
 from .ops.activation import ACTIVATIONS
 from .ops.block_norm import Norm
-from .ops.common import implementation
+from .ops.common import implementation_beside
 from .ops.four_bit import dequantize_four_bit
 from .ops.lora_glu import LowRank
 from .ops.vocab_rows import LogitShape, RowStatistics, rows_implementation
@@ -124,7 +124,7 @@ def _block_norm(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     norm = Norm(draw(100).detach(), draw(100).detach(), EPS, is_layer=True)
     results = []
     for module in (
-        implementation("block_norm" if backend_for(x) == "triton" else "reference_blocks"),
+        implementation_beside("reference_blocks", "block_norm", x),
         reference_blocks,
     ):
         out, dx, grad = torch.empty_like(x), torch.empty_like(x), dn.clone()
@@ -140,7 +140,7 @@ def _lora_glu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     terms = [LowRank(draw(11, 4).detach(), draw(70, 4).detach()) for _ in range(3)]
     results = []
     for module in (
-        implementation("lora_glu" if backend_for(gate) == "triton" else "reference_blocks"),
+        implementation_beside("reference_blocks", "lora_glu", gate),
         reference_blocks,
     ):
         y, grad, dgate, dup = torch.empty_like(gate), dy.clone(), torch.empty_like(gate), torch.empty_like(up)

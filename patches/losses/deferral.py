@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.watched import is_watched
+from ..kernels.watched import is_watched, only_moves_inputs
 from . import handlers as _handlers  # noqa: F401 - without them every operation would compute the logits
 from .deferred import DeferredLogits, defer
 from .recipe import Recipe
@@ -22,7 +22,7 @@ def obstacle(model: torch.nn.Module, head: Any) -> str | None:
         kind = type(head)
         return f"lm_head is a {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
     hook = vars(head).get("_hf_hook")
-    if is_watched(head) or not (hook is None or _only_moves_inputs(hook)):
+    if is_watched(head) or not (hook is None or only_moves_inputs(hook)):
         return "lm_head has hooks"
     held = vars(head).get(_slot(head))
     if held is not None and getattr(held, "__func__", None) not in (torch.nn.Linear.forward, _deferred):
@@ -35,11 +35,6 @@ def obstacle(model: torch.nn.Module, head: Any) -> str | None:
     if weight.shape != (head.out_features, head.in_features) or not weight.is_floating_point():
         return "lm_head's weight is sharded or quantised"
     return None
-
-
-def _only_moves_inputs(hook: Any) -> bool:
-    """Whether an accelerate hook is that of a model with a device_map which keeps all weights where they are used."""
-    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
 
 def _slot(head: torch.nn.Module) -> str:

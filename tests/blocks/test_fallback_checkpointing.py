@@ -98,7 +98,7 @@ def test_an_interrupt_leaves_checkpointing_as_it_was(fused, use_reentrant, runs,
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(mlp_block, "norm_rows", interrupt)
+            patched.setattr(mlp_block, "enter", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 gradients(model)
     else:

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from ..dispatch import backend_for
-from .common import implementation
+from .common import implementation_beside
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +25,7 @@ class Norm:
 
 
 def _kernels(x: torch.Tensor) -> Any:
-    return implementation("block_norm" if backend_for(x) == "triton" else "reference_blocks")
+    return implementation_beside("reference_blocks", "block_norm", x)
 
 
 def norm_rows(x: torch.Tensor, norm: Norm, out: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -19,6 +19,11 @@ def implementation(module: str) -> Any:
     return importlib.import_module(f"{__package__.rpartition('.')[0]}.{module}")
 
 
+def implementation_beside(reference: str, op: str, x: torch.Tensor) -> Any:
+    """The Triton module of an op where it runs on x, else the module `reference` of the same functions."""
+    return implementation(op if backend_for(x) == "triton" else reference)
+
+
 def kernels_for(op: str, *tensors: torch.Tensor) -> Any:
     """The module that runs an op on these tensors. Raises TypeError where none does."""
     backend = backend_for(*tensors)

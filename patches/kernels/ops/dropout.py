@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 
-from ..dispatch import backend_for
-from .common import implementation
+from .common import implementation_beside
 
 
 def _kernels(x: torch.Tensor) -> Any:
-    return implementation("dropout" if backend_for(x) == "triton" else "reference_blocks")
+    return implementation_beside("reference_blocks", "dropout", x)
 
 
 def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:

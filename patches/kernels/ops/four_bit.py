@@ -4,6 +4,7 @@ import torch
 
 from ..dispatch import Backend, backend_for
 from ..four_bit_weight import FourBit
+from .common import implementation
 
 
 def dequantize_four_bit(weight: FourBit, out: torch.Tensor) -> None:
@@ -14,17 +15,12 @@ def dequantize_four_bit(weight: FourBit, out: torch.Tensor) -> None:
     touched. Not differentiable. Raises TypeError where `supports_four_bit` is False.
     """
     backend = _backend(weight, out)
-    if backend == "triton":
-        # Late, because the kernel modules exist only where triton does.
-        from ..four_bit import dequantize
-    elif backend == "reference":
-        from ..reference_four_bit import dequantize
-    else:
+    if backend is None:
         raise TypeError(
             f"four_bit cannot write a weight {weight.shape} on {weight.packed.device} into {type(out).__name__}"
             f"({out.dtype}, {out.device}, {tuple(out.shape)}) here; ask supports_four_bit first"
         )
-    dequantize(weight, out)
+    implementation("four_bit" if backend == "triton" else "reference_four_bit").dequantize(weight, out)
 
 
 def supports_four_bit(weight: FourBit, out: torch.Tensor) -> bool:

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from ..dispatch import backend_for
 from .activation import known
-from .common import implementation
+from .common import implementation_beside
 
 # Beyond, a product of its own costs less than what the tiles of one kernel would hold.
 MAX_RANK = 64
@@ -22,7 +21,7 @@ class LowRank:
 
 
 def _kernels(x: torch.Tensor) -> Any:
-    return implementation("lora_glu" if backend_for(x) == "triton" else "reference_blocks")
+    return implementation_beside("reference_blocks", "lora_glu", x)
 
 
 def lora_glu(

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..dispatch import backend_for
-from .common import implementation
+from .common import implementation_beside
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -61,4 +60,4 @@ class RowStatistics:
 
 def rows_implementation(y: torch.Tensor) -> Any:
     """The module whose `log_probs` and `log_probs_gradient` run on y; the torch reference where Triton cannot."""
-    return implementation("vocab_rows" if backend_for(y) == "triton" else "reference")
+    return implementation_beside("reference", "vocab_rows", y)
