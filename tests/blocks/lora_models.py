@@ -2,20 +2,15 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_families import KINDS, KNOWN
+from tiny_families import batch as batch
+from tiny_families import gradients as gradients
 
 from sloth_plugins import patch
-from sloth_plugins.discovery import Plugins
+from sloth_plugins.patches.blocks.policy import Policy, choosing
 from sloth_plugins.testing import tiny_model
 
-torch.set_num_threads(1)
-
-KNOWN = Plugins(load_entry_points=False)
-FAMILIES = [
-    (name, kind)
-    for name, spec in KNOWN.architectures.items()
-    if spec.tiny and "model_type" not in spec.tiny
-    for kind in spec.model_types
-]
+FAMILIES = KINDS
 
 
 def lora_model(architecture="llama", kind="llama", seed=0, dtype=torch.float32, changes=None, **config):
@@ -25,19 +20,6 @@ def lora_model(architecture="llama", kind="llama", seed=0, dtype=torch.float32, 
     torch.manual_seed(seed)
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **config}
     return get_peft_model(model, LoraConfig(**options), autocast_adapter_dtype=dtype is torch.float32).train()
-
-
-def batch(rows=2, length=13, vocabulary=96, seed=3):
-    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(model, ids=None, **kwargs):
-    """The loss, and the gradient of every trainable parameter."""
-    ids = batch() if ids is None else ids
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **kwargs).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def fuse(model, family="*"):
@@ -52,3 +34,15 @@ def distance(found, expected):
     """The largest relative distance of two dicts of gradients."""
     assert found.keys() == expected.keys()
     return max(((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected)
+
+
+def assert_every_policy(model, runs, expected, policies=tuple(Policy)):
+    """Fused, the model has this loss and these gradients under each policy; `runs` holds what ran fused."""
+    expected_loss, expected_gradients = expected
+    assert fuse(model) == 2
+    for policy in policies:
+        with choosing(lambda *_, policy=policy: policy):
+            loss, found = gradients(model)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+        assert distance(found, expected_gradients) < 1e-5
+    assert [run.policy for run in runs] == [policy for policy in policies for _ in range(2)]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lora_models import batch, distance, fuse, gradients, lora_model
+from lora_models import assert_every_policy, batch, distance, fuse, gradients, lora_model
 from peft import LoraConfig
 
-from sloth_plugins.patches.blocks.policy import Policy, choosing
+from sloth_plugins.patches.blocks.policy import Policy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -13,14 +13,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def assert_fused_as_stock(model, runs, policies=tuple(Policy)):
-    expected_loss, expected = gradients(model)
-    assert fuse(model) == 2
-    for policy in policies:
-        with choosing(lambda *_, policy=policy: policy):
-            loss, found = gradients(model)
-        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
-        assert distance(found, expected) < 1e-5
-    assert [run.policy for run in runs] == [policy for policy in policies for _ in range(2)]
+    assert_every_policy(model, runs, gradients(model), policies)
 
 
 CONFIGS = {

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from lora_models import KNOWN, batch, distance, fuse, gradients
+from lora_models import KNOWN, assert_every_policy, batch, distance, fuse, gradients
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
-from sloth_plugins.patches.blocks.policy import Policy, choosing
+from sloth_plugins.patches.blocks.policy import Policy
 from sloth_plugins.testing import tiny_model
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -79,15 +79,7 @@ STATES = {
 
 
 def assert_gradients_are_the_dense_models(model, exact, runs):
-    expected_loss, expected = gradients(with_adapters(exact))
-    model = with_adapters(model)
-    assert fuse(model) == 2
-    for policy in Policy:
-        with choosing(lambda *_, policy=policy: policy):
-            loss, found = gradients(model)
-        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
-        assert distance(found, expected) < 1e-5
-    assert [run.policy for run in runs] == [policy for policy in Policy for _ in range(2)]
+    assert_every_policy(with_adapters(model), runs, gradients(with_adapters(exact)))
 
 
 @pytest.mark.parametrize("state", STATES)

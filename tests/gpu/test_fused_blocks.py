@@ -3,22 +3,16 @@
 import peft
 import pytest
 import torch
+from tiny_families import KINDS, KNOWN
 
 from sloth_plugins import patch
-from sloth_plugins.discovery import Plugins
 from sloth_plugins.patches.blocks import decoder_layer, graphs
 from sloth_plugins.patches.blocks.policy import Policy, choosing
 from sloth_plugins.testing import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-KNOWN = Plugins(load_entry_points=False)
-FAMILIES = [
-    (name, kind)
-    for name, spec in KNOWN.architectures.items()
-    if spec.tiny and "model_type" not in spec.tiny
-    for kind in spec.model_types
-]
+FAMILIES = KINDS
 IDS = [kind for _, kind in FAMILIES]
 SIZES = {
     "hidden_size": 256,

@@ -7,6 +7,7 @@ from sloth_plugins import discovery
 from sloth_plugins.discovery import Plugins
 from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, PlanItem, Skip, TrainerSpec, hookimpl
 
+LLAMA = ("rms_norm", "rope", "glu", "cross_entropy", "blocks")
 PATCH = Patch(name="norm", target="pkg.module:Norm", replacement="pkg.norm:factory")
 
 
@@ -55,7 +56,7 @@ def messages(plugins):
 def test_the_builtin_architectures_need_no_torch():
     sys_modules_before = set(sys.modules)
     plugins = Plugins(load_entry_points=False)
-    assert plugins.catalogue()["llama"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks")
+    assert plugins.catalogue()["llama"] == LLAMA
     assert not {name for name in set(sys.modules) - sys_modules_before if name.startswith("transformers")}
     assert plugins.problems == []
 
@@ -81,14 +82,7 @@ def test_a_plugin_that_exits_on_import_is_reported(load):
 
 def test_an_entry_point_named_as_an_earlier_plugin_takes_nothing_away(load):
     plugins = load(llama=plugin(sloth_patches=lambda architecture: [PATCH] if architecture.name == "llama" else []))
-    assert [patch.name for patch in plugins.patches("llama")] == [
-        "rms_norm",
-        "rope",
-        "glu",
-        "cross_entropy",
-        "blocks",
-        "norm",
-    ]
+    assert [patch.name for patch in plugins.patches("llama")] == [*LLAMA, "norm"]
     assert messages(plugins) == []
 
 
@@ -155,14 +149,7 @@ def test_patches_are_added_to_somebody_elses_architecture_once(load):
         a=plugin(sloth_patches=lambda architecture: [added]),
         b=plugin(sloth_patches=lambda architecture: [added] if architecture.name == "llama" else []),
     )
-    assert [patch.name for patch in plugins.patches("llama")] == [
-        "rms_norm",
-        "rope",
-        "glu",
-        "cross_entropy",
-        "blocks",
-        "mine",
-    ]
+    assert [patch.name for patch in plugins.patches("llama")] == [*LLAMA, "mine"]
     assert any("'mine'" in text and "'a'" in text and "'b'" in text for text in messages(plugins))
 
 

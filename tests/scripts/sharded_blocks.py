@@ -1,13 +1,12 @@
-"""Two processes, a batch each: gradients of fused blocks under DDP and FSDP2 against the mean of stock's."""
+"""Two processes, a batch each: gradients of fused blocks under DDP and FSDP2 against the mean of stock's.
+
+Its models are those of tests/blocks, which must be on the path.
+"""
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "blocks"))
 from lora_models import batch, fuse, gradients, lora_model
 from torch.distributed.fsdp import fully_shard
 
