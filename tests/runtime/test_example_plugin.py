@@ -67,7 +67,7 @@ def test_it_is_listed_with_its_plugin_and_a_typo_is_caught(site, tmp_path):
 
 CONTRACT = """
 import sys
-sys.path.insert(0, {contract!r})
+sys.path[:0] = {folders!r}
 import models
 from sloth_plugins.discovery import Plugins
 models.KNOWN = Plugins()
@@ -82,7 +82,8 @@ print("COMPARED", verdict.truth)
 
 
 def test_its_patches_keep_the_contract_of_accuracy(site, tmp_path):
-    done = python(CONTRACT.format(contract=str(EXAMPLE.parent / "contract")), tmp_path, **path(site))
+    folders = [str(EXAMPLE.parent), str(EXAMPLE.parent / "contract")]
+    done = python(CONTRACT.format(folders=folders), tmp_path, **path(site))
     assert "COMPARED float64" in done.stdout, done.stderr[-2000:]
 
 
