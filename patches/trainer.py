@@ -29,4 +29,11 @@ def sloth_trainers() -> list[TrainerSpec]:
         replacement="sloth_plugins.patches.trainers.bookkeeping:remembered",
         summary="no walks through all modules at every step for what does not change",
     )
-    return [TrainerSpec(name="trainer", family="trainer", patches=(one_launch, bookkeeping))]
+    async_step = Patch(
+        name="async_step",
+        target="transformers.trainer:Trainer",
+        replacement="sloth_plugins.patches.trainers.async_step:async_step",
+        replaces=("transformers.trainer:Trainer._run_epoch | transformers.trainer:Trainer._inner_training_loop",),
+        summary="the device is not waited for after each loss, and not while a batch is copied to it",
+    )
+    return [TrainerSpec(name="trainer", family="trainer", patches=(one_launch, bookkeeping, async_step))]
