@@ -7,7 +7,7 @@ import torch
 from ..kernels.once import differentiable_once
 from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
-from ..kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
+from ..kernels.ops.lora_glu import LowRank, add_low_rank, lora_glu, lora_glu_backward
 from ..kernels.ownership import graph_is_kept
 from . import attention_block
 from .edges import enter, leave, leave_backward
@@ -46,17 +46,17 @@ def _activate(run: Run, made: dict[str, Any]) -> Tensor:
     if not run.parts.is_gated:
         hidden: Tensor = kernels_for("activation", outputs[0]).activate_fwd(outputs[0], run.parts.activation)
         return hidden
-    return lora_glu(*_gate_and_up(outputs), *_terms(run, made), run.parts.activation)
+    pair, terms = _gate_and_up(outputs), _terms(run, made)
+    return lora_glu(*pair, *terms, run.parts.activation, sums=run.policy is Policy.KEEP and run.is_differentiable)
 
 
 def _activate_backward(
-    run: Run, made: dict[str, Any], dhidden: Tensor, term: LowRank | None, overwrite: bool
+    run: Run, outputs: list[Tensor], dhidden: Tensor, term: LowRank | None, overwrite: bool
 ) -> list[Tensor]:
     """Gradients of gate and up for dhidden + term, in their memory if `overwrite`; dhidden becomes act(gate) * up."""
-    outputs: list[Tensor] = made["outputs"]
     grads = outputs if overwrite else [torch.empty_like(t) for t in outputs]
     if run.parts.is_gated:
-        pairs = *_gate_and_up(outputs), *_terms(run, made), *_gate_and_up(grads)
+        pairs = *_gate_and_up(outputs), *_gate_and_up(grads)
         lora_glu_backward(dhidden, term, *pairs, run.parts.activation)
     else:
         kernels_for("activation", dhidden).activate_bwd(dhidden, outputs[0], grads[0], run.parts.activation, True)
@@ -93,7 +93,7 @@ def backward(
     dhidden = parts.down.input_grad([dout], dyb, run.seeds["down"], with_adapters=not adds_late)
     a = parts.down.a
     term = LowRank(dyb, a.t()) if adds_late and dyb is not None and a is not None else None
-    dups = _activate_backward(run, made, dhidden, term, overwrite)
+    dups = _activate_backward(run, made["outputs"], dhidden, term, overwrite)
     grads_down = parts.down.adapter_grads([dout], dyb, dhidden, made["xa_down"], run.seeds["down"], needs[n_needs:])
     del dhidden, dout
     dyb = parts.up.low_rank_grad(dups)
@@ -132,23 +132,25 @@ class MLPBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of x (in a parallel layer), of mid and of the adapters."""
         run: Run = ctx.run
-        parallel = run.parts.is_parallel
+        parts = run.parts
         (source, *_), made = unstash(ctx, len(ctx.needs_input_grad) - 2)
         flat, shape = rows(grad), source.shape
         repeatable = graph_is_kept()
         overwrite = run.may_overwrite and not repeatable
         if run.policy is Policy.KEEP:
-            made["outputs"] = [made[f"output{i}"] for i in range(len(run.parts.up.projections))]
+            made["outputs"] = [made[f"output{i}"] for i in range(len(parts.up.projections))]
             mid = rows(source)
         else:
             mid, overwrite = rows(source), True
-            if not parallel:
+            if not parts.is_parallel:
                 run.recomputed, mid = attention_block.forward(run, source, differentiable=True)
             made |= _up(run, mid, made)
+            if parts.is_gated:
+                add_low_rank(*_gate_and_up(made["outputs"]), *_terms(run, made))
         need_x, need_mid = ctx.needs_input_grad[1:3]
         dx, grads = backward(
-            run, mid, made, flat, list(ctx.needs_input_grad[3:]), need_dx=need_x if parallel else need_mid,
+            run, mid, made, flat, list(ctx.needs_input_grad[3:]), need_dx=need_x if parts.is_parallel else need_mid,
             overwrite=overwrite,
         )  # fmt: skip
         dx = None if dx is None else dx.view(shape)
-        return None, *((dx, grad) if parallel else (None, dx)), *grads
+        return None, *((dx, grad) if parts.is_parallel else (None, dx)), *grads

@@ -143,10 +143,11 @@ def _lora_glu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
         implementation_beside("reference_blocks", "lora_glu", gate),
         reference_blocks,
     ):
-        y, grad, dgate, dup = torch.empty_like(gate), dy.clone(), torch.empty_like(gate), torch.empty_like(up)
-        module.lora_glu_fwd(gate, up, terms[0], terms[1], "silu", y)
-        module.lora_glu_bwd(grad, terms[2], gate, up, terms[0], terms[1], dgate, dup, "silu")
-        results.append([y, grad, dgate, dup])
+        y, grad, dgate, dup = torch.empty_like(gate), dy.clone(), gate.clone(), up.clone()
+        module.lora_glu_fwd(dgate, dup, terms[0], terms[1], "silu", y, True)
+        sums = [dgate.clone(), dup.clone()]
+        module.lora_glu_bwd(grad, terms[2], dgate, dup, dgate, dup, "silu")
+        results.append([y, grad, dgate, dup, *sums])
     return results[0], results[1]
 
 

@@ -25,15 +25,27 @@ def _kernels(x: torch.Tensor) -> Any:
 
 
 def lora_glu(
-    gate: torch.Tensor, up: torch.Tensor, gate_term: LowRank | None, up_term: LowRank | None, activation: str
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    gate_term: LowRank | None,
+    up_term: LowRank | None,
+    activation: str,
+    *,
+    sums: bool = False,
 ) -> torch.Tensor:
     """act(gate + gate_term) * (up + up_term) for gate and up [T, N] of unit stride in a row.
 
-    The sums are rounded to the dtype, and so is the activation.
+    The sums are rounded to the dtype, and so is the activation. With `sums`, gate and up become theirs.
     """
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, known(activation), out)
+    _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, known(activation), out, sums)
     return out
+
+
+def add_low_rank(gate: torch.Tensor, up: torch.Tensor, gate_term: LowRank | None, up_term: LowRank | None) -> None:
+    """Make gate and up the sums that `lora_glu` makes of them, to the bit."""
+    if gate_term is not None or up_term is not None:
+        _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, None, None, True)
 
 
 def lora_glu_backward(
@@ -41,8 +53,6 @@ def lora_glu_backward(
     dy_term: LowRank | None,
     gate: torch.Tensor,
     up: torch.Tensor,
-    gate_term: LowRank | None,
-    up_term: LowRank | None,
     dgate: torch.Tensor,
     dup: torch.Tensor,
     activation: str,
@@ -51,4 +61,4 @@ def lora_glu_backward(
 
     dgate and dup may be gate and up.
     """
-    _kernels(gate).lora_glu_bwd(dy, dy_term, gate, up, gate_term, up_term, dgate, dup, known(activation))
+    _kernels(gate).lora_glu_bwd(dy, dy_term, gate, up, dgate, dup, known(activation))
