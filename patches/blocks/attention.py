@@ -1,8 +1,9 @@
 """The attention core of a block: q, k, v to the weighted values, and back.
 
-Where upstream would call torch's scaled_dot_product_attention without a mask, the kernel that torch chooses is called
-directly, so that its output and statistics can be kept without q, k and v. Everything else (masks, windows, softcaps,
-flash-attn, FlexAttention, eager) runs upstream's own attention function with a graph of its own around it.
+Where upstream would call torch's scaled_dot_product_attention without a mask, or with one that only keeps documents
+and windows apart, a kernel is called directly, so that its output and statistics can be kept without q, k and v.
+Everything else (padding, softcaps, flash-attn, FlexAttention, eager) runs upstream's own attention function with a
+graph of its own around it.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,12 +13,10 @@ from typing import Any
 import torch
 
 from ..kernels.ownership import graph_is_kept
+from . import sdpa
+from .documents import Documents
 
 Tensor = torch.Tensor
-_aten = torch.ops.aten
-
-# Values of torch.nn.attention.SDPBackend, which torch._fused_sdp_choice returns.
-_FLASH, _CUDNN = 1, 3
 # What upstream's function for sdpa looks at; all other keywords are for other implementations.
 _MEANT_FOR_SDPA = ("is_causal", "position_bias", "cache", "softcap", "dropout")
 
@@ -26,19 +25,22 @@ _MEANT_FOR_SDPA = ("is_causal", "position_bias", "cache", "softcap", "dropout")
 class State:
     """What a call of `attend` leaves for its backward.
 
-    `out` is the output [B, H, S, D]. `statistics` belong to the kernel `backend`; with a graph instead, `leaves` are
-    the q, k and v that it begins with.
+    `out` is the output [B, H, S, D]. `statistics` belong to the kernel `backend` of `sdpa`; with a graph instead,
+    `leaves` are the q, k and v that it begins with.
     """
 
     out: Tensor
-    backend: int = -1
+    backend: int = sdpa.NONE
     statistics: tuple[Any, ...] = ()
     leaves: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """One call of a layer's attention: upstream's `function` and what it is called with beside q, k and v."""
+    """One call of a layer's attention: upstream's `function` and what it is called with beside q, k and v.
+
+    `documents` say what the mask does, where there is one that they can say it of.
+    """
 
     module: Any
     function: Callable[..., Any]
@@ -46,23 +48,26 @@ class Attention:
     mask: Any
     scaling: float
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    documents: Documents | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is causal attention by torch's sdpa and nothing else."""
-        return (
-            self.implementation == "sdpa"
-            and self.mask is None
-            and bool(getattr(self.module, "is_causal", True))
-            and all(self.keywords.get(name) is None for name in _MEANT_FOR_SDPA)
-        )
+        return self.mask is None and bool(getattr(self.module, "is_causal", True)) and self.is_sdpa
+
+    @property
+    def is_sdpa(self) -> bool:
+        """Whether it is attention by torch's sdpa, without anything that is not in the mask."""
+        return self.implementation == "sdpa" and all(self.keywords.get(name) is None for name in _MEANT_FOR_SDPA)
 
 
 def attend(call: Attention, q: Tensor, k: Tensor, v: Tensor, *, differentiable: bool) -> State:
     """Attention of q [B, H, S, D] over k and v [B, Hk, S, D]; with `differentiable`, ready for `attend_backward`."""
-    backend = _direct_backend(call, q, k, v)
-    if backend is not None:
-        return _direct(backend, q, k, v, call.scaling)
+    if call.is_plain or (call.documents is not None and call.is_sdpa):
+        backend = sdpa.choose(q, k, v, call.scaling, call.documents)
+        if backend != sdpa.NONE:
+            out, statistics = sdpa.forward(backend, q, k, v, call.scaling, call.documents)
+            return State(out, backend, statistics)
     if not differentiable:
         with torch.no_grad():
             return State(_call(call, q, k, v))
@@ -78,7 +83,7 @@ def attend_backward(
     if state.leaves is not None:
         dq, dk, dv = torch.autograd.grad(state.out, state.leaves, grad, retain_graph=graph_is_kept())
         return dq, dk, dv
-    return _direct_backward(state, q, k, v, grad, call.scaling)
+    return sdpa.backward(state.backend, q, k, v, state.out, state.statistics, grad, call.scaling, call.documents)
 
 
 def _call(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,51 +93,3 @@ def _call(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
     result: Tensor = out.transpose(1, 2)
     return result
-
-
-def _direct_backend(call: Attention, q: Tensor, k: Tensor, v: Tensor) -> int | None:
-    if not call.is_plain or q.shape[2] < 2 or q.shape[-1] % 8 or q.shape[-1] != v.shape[-1]:
-        return None
-    grouped = q.shape[1] != k.shape[1]
-    if not q.is_cuda:
-        # Heads that share keys would need copies of them here.
-        if grouped or torch._fused_sdp_choice(q, k, v, is_causal=True, scale=call.scaling) != _FLASH:
-            return None
-        return _FLASH
-    choice: int = torch._fused_sdp_choice(q, k, v, is_causal=True, scale=call.scaling, enable_gqa=grouped)
-    return choice if choice in (_FLASH, _CUDNN) else None
-
-
-def _direct(backend: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> State:
-    if not q.is_cuda:
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-        return State(out, backend, (lse,))
-    if backend == _FLASH:
-        out, *rest = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
-    else:
-        out, *rest = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
-    # lse, both cumulated lengths, both longest lengths, seed and offset; the last is a mask for debugging.
-    return State(out, backend, tuple(rest[:7]))
-
-
-def _direct_backward(
-    state: State, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = state.out
-    if not q.is_cuda:
-        (lse,) = state.statistics
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, True, scale=scale
-        )
-    elif state.backend == _FLASH:
-        lse, cum_q, cum_k, max_q, max_k, seed, offset = state.statistics
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=scale
-        )
-    else:
-        lse, cum_q, cum_k, max_q, max_k, seed, offset = state.statistics
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, True, scale=scale
-        )
-    dq, dk, dv = grads
-    return dq, dk, dv

@@ -1,6 +1,7 @@
 """The forward of a decoder layer as two fused blocks, wherever its layout and its state allow it."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import textwrap
@@ -16,6 +17,7 @@ from ..kernels.notices import say_once
 from ..kernels.ownership import saving_is_plain
 from .attention import Attention
 from .attention_block import AttentionBlock
+from .documents import documents_of
 from .graphs import GraphedLayer, graph_for
 from .mlp_block import MLPBlock
 from .policy import choose, is_checkpointed
@@ -65,7 +67,9 @@ def _draw(count: int, device: torch.device) -> list[int]:
     return [zlib.crc32(f"{generator.initial_seed()} {offset} {i}".encode()) >> 1 for i in range(count)]
 
 
-_readings: WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], Watch, Parts]] = WeakKeyDictionary()
+# The last readings of a layer, newest first: with its adapter and, as a reference model of its own, without.
+READINGS = 2
+_readings: WeakKeyDictionary[torch.nn.Module, list[tuple[tuple[Any, ...], Watch, Parts]]] = WeakKeyDictionary()
 
 
 class _Fused:
@@ -135,11 +139,14 @@ class _Fused:
     def _read(self, layer: torch.nn.Module, x: torch.Tensor, dtype: torch.dtype) -> Parts:
         """`read_layer`, or what it gave before if nothing has changed since."""
         key = (x.dtype, x.device, x.shape[-1], dtype, torch.is_autocast_enabled(x.device.type))
-        known = _readings.get(layer)
-        if known is None or known[0] != key or not known[1].is_unchanged(layer):
-            parts = read_layer(layer, self.layout, x, dtype)
-            known = _readings[layer] = (key, Watch(layer), parts)
-        return known[2]
+        known = _readings.setdefault(layer, [])
+        for before, watch, parts in known:
+            if before == key and watch.is_unchanged(layer):
+                return parts
+        parts = read_layer(layer, self.layout, x, dtype)
+        known.insert(0, (key, Watch(layer), parts))
+        del known[READINGS:]
+        return parts
 
     def _attention(self, layer: Any, given: dict[str, Any]) -> Attention:
         layout, (_, module) = self.layout, parent_of(layer, self.layout.o)
@@ -156,7 +163,12 @@ class _Fused:
         scaling = getattr(module, "scaling", None)
         if scaling is None:
             raise Refused("its attention has no scaling")
-        return Attention(module, function, implementation, given.get("attention_mask"), scaling, keywords)
+        attention = Attention(module, function, implementation, given.get("attention_mask"), scaling, keywords)
+        if attention.mask is None or not attention.is_sdpa:
+            return attention
+        rows, window = given["hidden_states"].shape[0], keywords.get("sliding_window")
+        documents = documents_of(attention.mask, given.get("position_ids"), rows, window)
+        return dataclasses.replace(attention, documents=documents)
 
     def run(self, run: Run, x: torch.Tensor, layer: torch.nn.Module) -> Any:
         parts = run.parts

@@ -82,7 +82,7 @@ def _without_waiting(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
 
 @contextmanager
 def _copies(trainer: Any) -> Iterator[None]:
-    """Within it, data loaders are made that copy pinned batches without a wait, where their memory is not used again."""
+    """Within it, data loaders copy pinned batches without a wait, where the memory of these is not used again."""
     config = trainer.accelerator.dataloader_config
     home = (getattr(trainer.data_collator, "__module__", None) or "").partition(".")[0]
     if config.non_blocking or not trainer.args.dataloader_pin_memory or home not in _COLLATING:

@@ -177,3 +177,23 @@ def test_hooks_of_the_layer_see_and_change_it(runs):
     for loss, found in results[1:]:
         torch.testing.assert_close(loss, results[0][0])
         assert distance(found, results[0][1]) < 1e-5
+
+
+def test_a_reference_model_of_its_own_is_read_once(runs, monkeypatch):
+    """Preference trainers switch adapters off and on in every step."""
+    from sloth_plugins.patches.blocks import decoder_layer
+
+    model = lora_model()
+    fuse(model)
+    reads = []
+    read = decoder_layer.read_layer
+    monkeypatch.setattr(decoder_layer, "read_layer", lambda *args: (reads.append(1), read(*args))[1])
+    outputs = []
+    for _ in range(3):
+        outputs.append(model(input_ids=batch()).logits)
+        with torch.no_grad(), model.disable_adapter():
+            outputs.append(model(input_ids=batch()).logits)
+    assert len(runs) == 12
+    assert len(reads) == 4
+    assert not torch.equal(outputs[0], outputs[1])
+    assert all(torch.equal(outputs[i], outputs[i % 2]) for i in range(6))
