@@ -6,7 +6,7 @@ import torch
 from tiny_families import KINDS, KNOWN
 
 from sloth_plugins import patch
-from sloth_plugins.patches.blocks import decoder_layer, graphs
+from sloth_plugins.patches.blocks import decoder_layer, graphs, sdpa
 from sloth_plugins.patches.blocks.policy import Policy, choosing
 from sloth_plugins.testing import tiny_model
 
@@ -52,10 +52,10 @@ def batch(rows=2, length=96, seed=3):
     return torch.randint(0, 96, (rows, length), generator=torch.Generator().manual_seed(seed)).cuda()
 
 
-def gradients(model, ids, autocast=torch.bfloat16):
+def gradients(model, ids, autocast=torch.bfloat16, **kwargs):
     model.zero_grad()
     with torch.autocast("cuda", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, **kwargs).loss
     loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -98,6 +98,32 @@ def test_no_further_from_fp32_than_stock(family, quantised, runs):
     assert any(o.patch == "blocks" and o.state == "applied" for o in report.outcomes)
     fused = sum(distance(gradients(model, ids), truth) for ids, truth in zip(batches, truths, strict=True))
     assert len(runs) == 2 * len(batches)
+    assert fused < 1.1 * stock, (fused, stock)
+
+
+@pytest.mark.parametrize("lengths", [[(40, 56), (3, 1, 92)], [(96,), (96,)], [(70, 26), (65, 31)]], ids=str)
+@pytest.mark.parametrize("family", [("llama", "llama"), ("mistral", "mistral"), ("qwen3", "qwen3")], ids=str)
+def test_packed_rows_are_no_further_from_fp32_than_stock(family, lengths, runs, monkeypatch):
+    packed = []
+    forward = sdpa._documents_forward
+    monkeypatch.setattr(sdpa, "_documents_forward", lambda *args: (packed.append(args[-1]), forward(*args))[1])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths]).cuda()
+    model, truth_model = build(family), build(family).float()
+    batches = [batch(seed=seed) for seed in range(4)]
+    truths = [gradients(truth_model, ids, None, position_ids=positions) for ids in batches]
+
+    def off():
+        pairs = zip(batches, truths, strict=True)
+        return sum(distance(gradients(model, ids, position_ids=positions), truth) for ids, truth in pairs)
+
+    stock = off()
+    patch(model, "*:blocks")
+    fused = off()
+    assert len(runs) == 2 * len(batches)
+    # One document a row without a window needs no mask at all.
+    plain = len(lengths[0]) == 1 and family[0] != "mistral"
+    assert len(packed) == (0 if plain else 2 * len(batches))
+    assert {documents.window for documents in packed} <= {None, 64}
     assert fused < 1.1 * stock, (fused, stock)
 
 
