@@ -1,7 +1,8 @@
 """What most decoder models of transformers have in common, so that a family's file says only what is its own.
 
 A modeling module `transformers.models.NAME.modeling_NAME` has classes `<Prefix>RMSNorm`, `<Prefix>MLP`,
-`<Prefix>Attention`, `<Prefix>DecoderLayer` and `<Prefix>ForCausalLM`, and a function `apply_rotary_pos_emb`.
+`<Prefix>Attention`, `<Prefix>DecoderLayer`, `<Prefix>Model` and `<Prefix>ForCausalLM`, and a function
+`apply_rotary_pos_emb`.
 """
 
 from collections.abc import Mapping

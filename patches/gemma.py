@@ -32,6 +32,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             cross_entropy(GEMMA, "Gemma"),
         ),
         layout=layout(GEMMA, "Gemma", activation="gelu_tanh", **NORM),
+        backbone=f"{GEMMA}:GemmaModel",
         tiny={**TINY, "head_dim": 16},
     )
     yield ArchitectureSpec(
@@ -53,6 +54,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             **FOUR_NORMS,
             **WINDOW,
         ),
+        backbone=f"{GEMMA2}:Gemma2Model",
         tiny={**TINY, **ALTERNATING},
     )
     yield ArchitectureSpec(
@@ -77,5 +79,6 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             **FOUR_NORMS,
             **WINDOW,
         ),
+        backbone=f"{GEMMA3}:Gemma3TextModel",
         tiny={**TINY, **ALTERNATING},
     )

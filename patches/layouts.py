@@ -1,4 +1,4 @@
-"""The fused blocks of every architecture that says where its decoder layer keeps its parts."""
+"""What every architecture gets that says where its decoder layers are, and where these keep their parts."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from sloth_plugins.registry import ArchitectureSpec, Patch, hookimpl
 
 @hookimpl
 def sloth_patches(architecture: ArchitectureSpec) -> Iterator[Patch]:
-    """`blocks`, for an architecture with a layout."""
+    """`blocks`, for an architecture with a layout; `checkpointing`, for one with a backbone."""
     layout = architecture.layout
     if layout is not None:
         yield Patch(
@@ -18,4 +18,13 @@ def sloth_patches(architecture: ArchitectureSpec) -> Iterator[Patch]:
             requires=layout.requires,
             layout=layout,
             summary="LoRA layers as two blocks with hand-written backwards",
+        )
+    if architecture.backbone is not None:
+        yield Patch(
+            name="checkpointing",
+            target=architecture.backbone,
+            replacement="sloth_plugins.patches.checkpointing.backbone:backbone",
+            # Until its plans have been compared with what a card measures.
+            default=False,
+            summary="each layer computes again as little as the memory at hand allows",
         )

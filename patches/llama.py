@@ -17,5 +17,6 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         model_types=("llama",),
         patches=(rms_norm(LLAMA, "Llama"), rope(LLAMA, "Llama"), glu(LLAMA, "Llama"), cross_entropy(LLAMA, "Llama")),
         layout=layout(LLAMA, "Llama"),
+        backbone=f"{LLAMA}:LlamaModel",
         tiny=TINY,
     )

@@ -15,6 +15,7 @@ def _mistral(name: str, prefix: str) -> ArchitectureSpec:
         model_types=(name,),
         patches=(rms_norm(module, prefix), rope(module, prefix), glu(module, prefix), cross_entropy(module, prefix)),
         layout=layout(module, prefix, sliding_window="sliding_window"),
+        backbone=f"{module}:{prefix}Model",
         tiny={**TINY, "head_dim": 16, "sliding_window": 8},
     )
 

@@ -30,6 +30,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             rotary="partial_half",
             sliding_window="sliding_window",
         ),
+        backbone=f"{PHI3}:Phi3Model",
         tiny={**TINY, "original_max_position_embeddings": 128},
     )
     yield ArchitectureSpec(
@@ -66,5 +67,6 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             rotary="partial_half",
             residual="parallel",
         ),
+        backbone=f"{PHI}:PhiModel",
         tiny=TINY,
     )

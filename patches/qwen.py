@@ -21,6 +21,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         model_types=("qwen2",),
         patches=(rms_norm(QWEN2, "Qwen2"), rope(QWEN2, "Qwen2"), glu(QWEN2, "Qwen2"), cross_entropy(QWEN2, "Qwen2")),
         layout=layout(QWEN2, "Qwen2", **WINDOW),
+        backbone=f"{QWEN2}:Qwen2Model",
         tiny=TINY,
     )
     yield ArchitectureSpec(
@@ -34,6 +35,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             cross_entropy(QWEN3, "Qwen3"),
         ),
         layout=layout(QWEN3, "Qwen3", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", **WINDOW),
+        backbone=f"{QWEN3}:Qwen3Model",
         tiny={**TINY, "head_dim": 16},
     )
     yield ArchitectureSpec(
@@ -54,6 +56,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
             requires=("transformers>=5.17",),
             **WINDOW,
         ),
+        backbone=f"{QWEN2_5_VL}:Qwen2_5_VLTextModel",
         tiny={
             "model_type": "qwen2_5_vl",
             "text_config": {**TINY, "rope_scaling": MROPE, "rope_parameters": MROPE},

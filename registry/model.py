@@ -205,6 +205,9 @@ class ArchitectureSpec:
     `family` is a name that several architectures share (`qwen` for qwen2 and qwen3): a selection may name either, and
     reports show the family. It defaults to `name`.
 
+    `layout` describes the decoder layer; `backbone` is the class whose forward runs all of them, which are in a
+    ModuleList of its own: `"package.module:Class"`.
+
     `tiny` overrides config attributes so that a model of the architecture is small enough for a test; the contract
     tests and the compat matrix run on every architecture that declares it. Its `"model_type"` names the whole model
     where the architecture is only a part of one, such as the language model of a vision-language model.
@@ -215,6 +218,7 @@ class ArchitectureSpec:
     patches: tuple[Patch, ...]
     family: str = ""
     layout: BlockLayout | None = None
+    backbone: str | None = None
     requires: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
@@ -228,6 +232,8 @@ class ArchitectureSpec:
         _check_patches(owner, self.patches)
         if self.layout is not None and not isinstance(self.layout, BlockLayout):
             raise SpecError(f"{owner}: layout={self.layout!r} is not a BlockLayout")
+        if self.backbone is not None:
+            _must_match(OBJECT_PATH, owner, "backbone", self.backbone, "'package.module:Class'")
         _check_requirements(owner, self.requires)
         object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))
 

@@ -20,6 +20,8 @@ class LiveBytes(TorchDispatchMode):
         self.products: list[tuple[int, int, int]] = []
         self._live: dict[StorageWeakRef, int] = {}
         self._known: dict[StorageWeakRef, None] = {}
+        # At least what lives: storages are looked for that are gone only where it would matter.
+        self._most = 0
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -38,7 +40,14 @@ class LiveBytes(TorchDispatchMode):
                 ref = StorageWeakRef(tensor.untyped_storage())
                 if ref not in self._live and ref not in self._known:
                     self._live[ref] = tensor.untyped_storage().nbytes()
+                    self._most += self._live[ref]
+        if self._most > self.peak:
+            self.peak = max(self.peak, self.living())
+        return result
+
+    def living(self) -> int:
+        """The bytes that live now."""
         self._live = {ref: size for ref, size in self._live.items() if not ref.expired()}
         self._known = {ref: None for ref in self._known if not ref.expired()}
-        self.peak = max(self.peak, sum(self._live.values()))
-        return result
+        self._most = sum(self._live.values())
+        return self._most

@@ -69,7 +69,10 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
         _fill(run, k, v)
     state: State | None = kept.get("state")
     if state is None:
-        state = attend(run.attention, *(t.transpose(1, 2) for t in (q, k, v)), differentiable=differentiable)
+        with run.measured("attention"):
+            state = attend(run.attention, *(t.transpose(1, 2) for t in (q, k, v)), differentiable=differentiable)
+        if run.meter is not None:
+            run.meter.accounted(state.out, *(state.leaves or ()))
     made["state"] = state
     if state.leaves is None:
         made["v"] = v
@@ -191,7 +194,8 @@ class AttentionBlock(torch.autograd.Function):
         elif run.recomputed is not None:
             made = run.recomputed
         else:
-            made, _ = forward(run, x, differentiable=True)
+            with run.measured("again"):
+                made, _ = forward(run, x, differentiable=True)
         run.recomputed = None
         if not repeatable:
             run.release()

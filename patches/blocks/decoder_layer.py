@@ -20,7 +20,7 @@ from .attention_block import AttentionBlock
 from .documents import documents_of
 from .graphs import GraphedLayer, graph_for
 from .mlp_block import MLPBlock
-from .policy import choose, is_checkpointed
+from .policy import Policy, choose, is_checkpointed
 from .projection import Refused
 from .reading import Layout, attention_function, parent_of, read_layer
 from .run import Parts, Run
@@ -109,9 +109,9 @@ class _Fused:
             raise Refused(f"a rotary embedding of {cos.shape[-1]} features for heads of {parts.heads[2]}")
         if parts.qk_norms is not None and cos.shape[-1] != parts.heads[2]:
             raise Refused("norms of q and k with a partial rotary embedding")
-        return Run(
+        run = Run(
             parts=parts,
-            policy=choose(layer, x),
+            policy=Policy.KEEP,
             dtype=dtype,
             attention=attention,
             cos=cos,
@@ -120,7 +120,9 @@ class _Fused:
             may_overwrite=saving_is_plain(),
             is_differentiable=torch.is_grad_enabled(),
             cache=cache,
-        ), x
+        )
+        run.policy = choose(layer, x, run)
+        return run, x
 
     def is_generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call fills or reads a cache without a gradient, where nobody expects a fused block."""

@@ -23,11 +23,16 @@ from .projection import Adapter, Projection
 Tensor = torch.Tensor
 
 
+def is_made(projection: Projection, dtype: torch.dtype) -> bool:
+    """Whether a product in `dtype` cannot take the weight as it is: it is packed in four bits, or of another dtype."""
+    return isinstance(projection.weight, FourBit) or projection.weight.dtype is not dtype
+
+
 def base_weight(projection: Projection, dtype: torch.dtype) -> Tensor:
     """W [n, k] in `dtype`: the parameter itself where it has that dtype, else made anew."""
     weight = projection.weight
     if not isinstance(weight, FourBit):
-        return weight if weight.dtype is dtype else weight.to(dtype)
+        return weight.to(dtype) if is_made(projection, dtype) else weight
     out = torch.empty(projection.shape, dtype=dtype, device=weight.packed.device)
     dequantize_four_bit(weight, out)
     return out

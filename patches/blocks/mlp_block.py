@@ -142,11 +142,12 @@ class MLPBlock(torch.autograd.Function):
             mid = rows(source)
         else:
             mid, overwrite = rows(source), True
-            if not parts.is_parallel:
-                run.recomputed, mid = attention_block.forward(run, source, differentiable=True)
-            made |= _up(run, mid, made)
-            if parts.is_gated:
-                add_low_rank(*_gate_and_up(made["outputs"]), *_terms(run, made))
+            with run.measured("again"):
+                if not parts.is_parallel:
+                    run.recomputed, mid = attention_block.forward(run, source, differentiable=True)
+                made |= _up(run, mid, made)
+                if parts.is_gated:
+                    add_low_rank(*_gate_and_up(made["outputs"]), *_terms(run, made))
         need_x, need_mid = ctx.needs_input_grad[1:3]
         dx, grads = backward(
             run, mid, made, flat, list(ctx.needs_input_grad[3:]), need_dx=need_x if parts.is_parallel else need_mid,

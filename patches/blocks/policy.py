@@ -4,8 +4,12 @@ import enum
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .run import Run
 
 
 class Policy(enum.Enum):
@@ -21,12 +25,13 @@ class Policy(enum.Enum):
     INPUT = "input"
 
 
-Chooser = Callable[[torch.nn.Module, torch.Tensor], Policy]
+Chooser = Callable[[torch.nn.Module, torch.Tensor, "Run"], Policy]
+"""Called with a layer, its input [B, S, h], and the run of it that is about to begin, whose `meter` it may set."""
 
 
-def by_checkpointing(layer: torch.nn.Module, x: torch.Tensor) -> Policy:
+def by_checkpointing(layer: torch.nn.Module, x: torch.Tensor, run: "Run") -> Policy:
     """Gradient checkpointing on: the layer's input only; off: all outputs of products."""
-    del x
+    del x, run
     return Policy.INPUT if is_checkpointed(layer) else Policy.KEEP
 
 
@@ -38,9 +43,9 @@ def is_checkpointed(layer: torch.nn.Module) -> bool:
 _chooser: ContextVar[Chooser] = ContextVar("sloth_plugins.policy", default=by_checkpointing)
 
 
-def choose(layer: torch.nn.Module, x: torch.Tensor) -> Policy:
+def choose(layer: torch.nn.Module, x: torch.Tensor, run: "Run") -> Policy:
     """The policy of a layer for an input x [B, S, h]; asked at each forward."""
-    return _chooser.get()(layer, x)
+    return _chooser.get()(layer, x, run)
 
 
 @contextmanager

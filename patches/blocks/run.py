@@ -1,8 +1,9 @@
 """What both functions of a decoder layer know about one call of it."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -45,14 +46,27 @@ class Parts:
         return self.qkv, self.o, self.up, self.down
 
 
+class Meter(Protocol):
+    """Measures what a planner wants to know of a layer."""
+
+    def again(self) -> AbstractContextManager[None]:
+        """Around what a backward computes again."""
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Around the attention core, in the forward and again."""
+
+    def accounted(self, *tensors: Tensor) -> None:
+        """What the attention core begins and ends with, which its graph need not keep."""
+
+
 @dataclass(slots=True, eq=False)
 class Run:
     """One call of a layer. `dtype` is what products are computed in; the residual stream may be wider.
 
     `seeds` are those of the dropout masks, one for each projection of the groups in order. `may_overwrite` says that
     saved tensors come back as they are, `is_differentiable` that gradients are wanted at all. `cache` is upstream's
-    cache of keys and values, if it is to be filled. `kept` and `recomputed` are what the attention block leaves for
-    later under a policy other than KEEP.
+    cache of keys and values, if it is to be filled. `meter` measures, where a planner has set one. `kept` and
+    `recomputed` are what the attention block leaves for later under a policy other than KEEP.
     """
 
     parts: Parts
@@ -65,8 +79,13 @@ class Run:
     may_overwrite: bool
     is_differentiable: bool
     cache: Any = None
+    meter: Meter | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     recomputed: dict[str, Any] | None = None
+
+    def measured(self, what: Literal["again", "attention"]) -> AbstractContextManager[None]:
+        """Within it, the meter measures this, if there is one."""
+        return nullcontext() if self.meter is None else getattr(self.meter, what)()
 
     def release(self) -> None:
         """Let go of what was kept, once the backward has run."""

@@ -1,0 +1,89 @@
+"""The forward of a backbone, around which each of its layers gets its policy."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..kernels.notices import say_once
+from .layers import Shape
+from .memory import Cuda, Memory, from_environment
+from .plan import Plan, gib
+from .stack import Stack
+
+Forward = Callable[..., Any]
+_stacks: WeakKeyDictionary[torch.nn.Module, Stack] = WeakKeyDictionary()
+
+
+def memory_of(device: torch.device) -> Memory | None:
+    """The memory that plans are made for; None where nothing is known of it, and the user's flag decides."""
+    return Cuda(device) if device.type == "cuda" else None
+
+
+def stack_of(module: torch.nn.Module) -> Stack | None:
+    """The layers of a backbone with what is known of them; None if it has none, or no memory to plan for."""
+    layers = _layers_of(module)
+    known = _stacks.get(module)
+    if known is not None and known.modules == layers:
+        return known
+    device = next((p.device for layer in layers for p in layer.parameters()), None)
+    memory = None if device is None else memory_of(device)
+    if memory is None:
+        return None
+    trained = [p for p in module.parameters() if p.requires_grad]
+    _stacks[module] = Stack(layers, trained, memory, from_environment(), _tell)
+    return _stacks[module]
+
+
+def _layers_of(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """The layers that transformers would checkpoint one by one."""
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList) and all(hasattr(layer, "gradient_checkpointing") for layer in child):
+            return tuple(child)
+    return ()
+
+
+def _tell(stack: Stack, plan: Plan) -> None:
+    if plan.share == 0.0 and plan.fits:
+        return
+    groups = ", ".join(plan.groups())
+    said = (
+        f"memory: {plan.shape.tokens} tokens, {groups}; {plan.share:.0%} of computing all again, "
+        f"{gib(stack.predicted)} expected of {gib(stack.limit)} allowed"
+    )
+    say_once(said, f"memory plan {id(stack)}")
+
+
+def _shape_of(given: dict[str, Any]) -> Shape | None:
+    """The micro-batch of a call of the backbone."""
+    x = given.get("inputs_embeds")
+    x = given.get("input_ids") if x is None else x
+    if not isinstance(x, torch.Tensor) or x.dim() < 2:
+        return None
+    rows, length = x.shape[:2]
+    return Shape(rows * length, rows * length * length) if rows * length else None
+
+
+def backbone(original: Forward) -> Forward:
+    """The forward of a model whose decoder layers are in a ModuleList of its own. Raises ValueError for another."""
+    names = [name for name in inspect.signature(original).parameters if name != "self"]
+    if not {"input_ids", "inputs_embeds"} <= set(names):
+        raise ValueError("the model takes no input_ids and no inputs_embeds")
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        shape = _shape_of({**dict(zip(names, args, strict=False)), **kwargs})
+        stack = None if shape is None else stack_of(self)
+        if stack is None or shape is None:
+            return original(self, *args, **kwargs)
+        with stack.forward(shape):
+            output = original(self, *args, **kwargs)
+        stack.ended(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        return output
+
+    return forward

@@ -1,0 +1,35 @@
+"""What a layer may do with what its backward needs, and what each way costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..blocks.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run one layer.
+
+    `kept` are bytes on the device from its forward to its backward, `host` bytes in host memory, `work` bytes on the
+    device while its backward runs, beside what is kept. `seconds` are those that it costs beyond keeping everything.
+    """
+
+    policy: Policy
+    on_host: bool
+    kept: int
+    host: int
+    work: int
+    seconds: float
+
+
+def peak(plan: Sequence[Option], after: int) -> int:
+    """Bytes on the device at the worst moment of a step in which layers run so, in order.
+
+    Backwards run from the last layer to the first, so while one runs all before it still keep what they keep. `after`
+    are the bytes that the rest of the model, with the loss, takes when all layers have run forward.
+    """
+    total = worst = 0
+    for option in plan:
+        total += option.kept
+        worst = max(worst, total + option.work)
+    return max(worst, total + after)

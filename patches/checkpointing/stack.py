@@ -1,0 +1,196 @@
+"""A backbone's layers and the plan for each micro-batch.
+
+The first forward keeps only each layer's input, the safest there is, and its backward measures what computing again
+costs. From then on the plan depends on the micro-batch and on the memory that is left when it begins, and is looked up
+where both have come before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..blocks.policy import Policy, choosing
+from ..blocks.run import Run
+from .layers import Foreign, Fused, Rates, Shape, checkpointed
+from .memory import Budget, Memory, allowed
+from .meters import LayerMeter
+from .options import Option, peak
+from .plan import Plan
+from .solver import solve, tightest
+
+# Budgets are told apart by this share of what is allowed, so that plans are found again.
+GRAIN = 1 / 256
+# Micro-batches so many times as large as any before are measured again rather than reckoned from those.
+STRETCH = 1.5
+# Bytes that an optimizer which has not stepped yet will keep of each number that is trained: two in fp32.
+UNBORN_STATE = 8
+
+
+class Stack:
+    """The decoder layers of a backbone in order; `told` hears of each plan that is made."""
+
+    def __init__(
+        self,
+        modules: Sequence[torch.nn.Module],
+        trained: Sequence[torch.nn.Parameter],
+        memory: Memory,
+        budget: Budget,
+        told: Callable[["Stack", Plan], None],
+    ) -> None:
+        self.modules, self.trained = tuple(modules), tuple(trained)
+        self.memory, self.budget, self.told = memory, budget, told
+        self.host_budget = 0
+        # Of what is allowed, after that has turned out to be too much.
+        self.share = 1.0
+        # The plan for the micro-batch that runs, what may be allocated at once, and what was expected to be.
+        self.current: Plan | None = None
+        self.limit = self.predicted = 0
+        self._index = {id(module): i for i, module in enumerate(self.modules)}
+        self._layers: dict[int, Fused | Foreign] = {}
+        self._rates: dict[tuple[Any, ...], Rates] = {}
+        self._plans: dict[tuple[Shape, int], Plan] = {}
+        # The micro-batch whose forward measures, and the one that `_rates` and `_after` are of.
+        self._learning: Shape | None = None
+        self._learned: Shape | None = None
+        self._taken_in: Shape | None = None
+        # Bytes that the rest of the model and the loss take once the layers have run, and then the layers' backward.
+        self._after = self._work = 0
+        self._versions: list[int] = []
+        self._has_stepped = False
+
+    @contextmanager
+    def forward(self, shape: Shape) -> Iterator[None]:
+        """Around a forward of the backbone for a micro-batch, whose layers may be differentiated."""
+        self._decide(shape.rounded_up())
+        firsts = self._firsts()
+        with ExitStack() as stack:
+            stack.enter_context(choosing(self._choose))
+            for i, module in enumerate(self.modules):
+                known = self._layers.get(i)
+                if self._learning is not None and isinstance(known, Foreign) and i in firsts:
+                    stack.enter_context(checkpointed(module, False))
+                    stack.enter_context(known.meter.watching(module))
+                elif self._learning is not None or isinstance(known, Foreign):
+                    stack.enter_context(checkpointed(module, self._policy(i) is Policy.INPUT))
+            yield
+        for i, module in enumerate(self.modules):
+            if i not in self._layers:
+                self._layers[i] = Foreign.of(module)
+
+    def ended(self, output: torch.Tensor) -> None:
+        """The backbone has given its output; the rest of the model and the loss come until that gets its gradient."""
+        if self._learning is None or not output.requires_grad:
+            return
+        shape, before = self._learning, self.memory.allocated()
+        self.memory.reset()
+
+        def loss_is_done(grad: torch.Tensor) -> None:
+            self._after = max(0, self.memory.peak() - before)
+            self.memory.reset()
+            kept = self.memory.allocated()
+
+            def backward_is_done() -> None:
+                self._work = max(0, self.memory.peak() - kept)
+                self._learned = shape
+
+            torch.autograd.Variable._execution_engine.queue_callback(backward_is_done)
+
+        output.register_hook(loss_is_done)  # type: ignore[no-untyped-call]  # torch's
+
+    def _policy(self, i: int) -> Policy:
+        return Policy.INPUT if self.current is None else self.current.options[i].policy
+
+    def _choose(self, module: torch.nn.Module, x: torch.Tensor, run: Run) -> Policy:
+        """What a fused layer keeps; asked when it runs."""
+        i = self._index.get(id(module))
+        if i is None or not run.is_differentiable:
+            return Policy.KEEP
+        known = self._layers.get(i)
+        if not isinstance(known, Fused) or known.parts is not run.parts:
+            self._layers[i] = Fused.of(run, x)
+            if isinstance(known, Foreign) or (known is not None and known.kind != self._layers[i].kind):
+                self._plans.clear()
+        fused = self._layers[i]
+        if self._learning is not None and isinstance(fused, Fused) and i in self._firsts():
+            run.meter = fused.meter = LayerMeter(x.is_cuda)
+        return self._policy(i)
+
+    def _firsts(self) -> set[int]:
+        """The first layer of each kind, which stands for all."""
+        firsts: dict[tuple[Any, ...], int] = {}
+        for i in sorted(self._layers):
+            firsts.setdefault(self._layers[i].kind, i)
+        return set(firsts.values())
+
+    def _decide(self, shape: Shape) -> None:
+        """Set the plan for a micro-batch, or find that there is something to learn first."""
+        self.current, self._learning = None, None
+        if not self._is_known(shape):
+            self._learning = shape
+            return
+        limit = int(allowed(self.budget, self.memory) * self.share)
+        left = limit - self.memory.allocated() - self._unborn()
+        grain = max(1, int(limit * GRAIN))
+        key = shape, left // grain
+        if key not in self._plans:
+            self._plans[key] = self._solve(shape, key[1] * grain)
+        self.current = self._plans[key]
+        self.limit, self.predicted = limit, limit - left + self.current.peak
+        self.told(self, self.current)
+
+    def _is_known(self, shape: Shape) -> bool:
+        """Whether all layers are known well enough for a micro-batch; takes in what was measured since."""
+        if self._learned is None or len(self._layers) < len(self.modules):
+            return False
+        if self._taken_in is not self._learned:
+            measured = [(self._layers[i].kind, self._layers[i].rates(self._learned)) for i in self._firsts()]
+            self._rates |= {kind: rates for kind, rates in measured if rates is not None}
+            self._plans.clear()
+            if all(rates is not None for _, rates in measured):
+                self._taken_in = self._learned
+        if any(layer.kind not in self._rates for layer in self._layers.values()):
+            return False
+        return shape.beyond(self._learned) <= STRETCH or self._is_small(shape)
+
+    def _is_small(self, shape: Shape) -> bool:
+        """Whether everything may be kept by far, so that nothing need be known exactly."""
+        plan = [options[0] for options in self._options(shape)]
+        left = allowed(self.budget, self.memory) * self.share - self.memory.allocated() - self._unborn()
+        return 2 * peak(plan, self._after_for(shape)) < left
+
+    def _after_for(self, shape: Shape) -> int:
+        assert self._learned is not None, "asked once that is known"
+        return int(self._after * shape.tokens / self._learned.tokens)
+
+    def _options(self, shape: Shape) -> list[list[Option]]:
+        assert self._learned is not None, "asked once that is known"
+        # The worst moment of the backward that was measured, when all but the input was computed again.
+        worst = max(ways[-1].work for ways in self._formulas(self._learned, host=False))
+        factor = self._work / worst if worst else 1.0
+        ways = self._formulas(shape, host=self.host_budget > 0)
+        return [[replace(option, work=int(option.work * factor)) for option in options] for options in ways]
+
+    def _formulas(self, shape: Shape, *, host: bool) -> list[list[Option]]:
+        layers = (self._layers[i] for i in range(len(self.modules)))
+        return [layer.options(shape, self._rates[layer.kind], host=host) for layer in layers]
+
+    def _solve(self, shape: Shape, budget: int) -> Plan:
+        options, after = self._options(shape), self._after_for(shape)
+        keeping = [ways[0] for ways in options]
+        found = keeping if peak(keeping, after) <= budget else solve(options, budget, after, self.host_budget)
+        plan = tightest(options, self.host_budget) if found is None else found
+        everything = sum(max(option.seconds for option in ways) for ways in options)
+        return Plan(plan, shape, peak(plan, after), everything, found is not None)
+
+    def _unborn(self) -> int:
+        """Bytes of gradients, and of an optimizer's states, that are not there yet."""
+        size = sum(p.nbytes for p in self.trained if p.grad is None)
+        if not self._has_stepped:
+            versions = [p._version for p in self.trained]
+            self._has_stepped = bool(self._versions) and versions != self._versions
+            self._versions = versions
+            size += 0 if self._has_stepped else UNBORN_STATE * sum(p.numel() for p in self.trained)
+        return size

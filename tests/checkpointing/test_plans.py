@@ -1,0 +1,197 @@
+"""Plans for tiny models on a device whose memory is counted: what is kept fits, and gradients are stock's."""
+
+import pytest
+import torch
+from counted import Counted
+from lora_models import FAMILIES, batch, distance, gradients, lora_model
+
+from sloth_plugins import patch, revert
+from sloth_plugins.patches.blocks.policy import Policy
+from sloth_plugins.patches.checkpointing import backbone
+from sloth_plugins.patches.checkpointing.memory import Budget
+
+LAYERS = 8
+IDS = [kind for _, kind in FAMILIES]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    memory = Counted()
+    monkeypatch.setattr(backbone, "memory_of", lambda device: memory)
+    monkeypatch.setattr(backbone, "_stacks", type(backbone._stacks)())
+    with memory.counting:
+        yield memory
+
+
+def deep(family=("llama", "llama"), layers=LAYERS, **changes):
+    name, kind = family
+    more = {"num_hidden_layers": layers, **changes}
+    if kind in ("gemma2", "gemma3_text"):
+        more["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    if kind == "ministral":
+        more["layer_types"] = ["full_attention"] * layers
+    return lora_model(name, kind, changes=more)
+
+
+def step(model):
+    """Loss and gradients for tokens that make activations the most of what is taken."""
+    return gradients(model, batch(4, 40))
+
+
+def plan(model, selection="*:blocks,*:checkpointing"):
+    """Patch it and return what plans its layers, once that has learned."""
+    patch(model, selection)
+    step(model)
+    step(model)
+    (stack,) = backbone._stacks.values()
+    assert stack.current is not None
+    return stack
+
+
+def policies(stack):
+    return [option.policy for option in stack.current.options]
+
+
+def budgets(stack, model, shares):
+    """Budgets from what the tightest plan takes, 0, to what the one that keeps everything does, 1."""
+    predicted = []
+    for kind in ("auto", "min"):
+        stack.budget = Budget(kind)
+        step(model)
+        predicted.append(stack.predicted)
+    full, tight = predicted
+    return [Budget("bytes", tight + share * (full - tight)) for share in shares]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=IDS)
+def test_gradients_under_any_plan_are_those_of_keep(family, device, runs):
+    model = deep(family, 4)
+    expected = step(model)
+    stack = plan(model)
+    assert policies(stack) == [Policy.KEEP] * 4
+    loss, kept = step(model)
+    assert distance(kept, expected[1]) < 3e-5
+    seen = set()
+    for budget in [Budget("min"), *budgets(stack, model, (0.4, 0.7))]:
+        stack.budget = budget
+        found = step(model)
+        assert torch.equal(found[0], loss)
+        assert all(torch.equal(found[1][name], kept[name]) for name in kept)
+        seen.add(tuple(policies(stack)))
+    assert len(seen) > 1
+    assert tuple([Policy.INPUT] * 4) in seen
+    assert len(runs) == 4 * 8
+
+
+@pytest.mark.parametrize("family", [("llama", "llama"), ("gemma2", "gemma2"), ("phi", "phi")], ids=str)
+def test_what_was_expected_is_what_is_taken(family, device):
+    model = deep(family)
+    stack = plan(model)
+    assert stack.current.share == 0.0
+    shares = []
+    for budget in budgets(stack, model, (0.0, 0.5, 1.0)):
+        stack.budget = budget
+        model.zero_grad()
+        before = device.allocated()
+        device.reset()
+        step(model)
+        taken, expected = device.peak() - before, stack.predicted - before
+        assert stack.predicted <= budget.value
+        # The work of a layer is measured once, when all of it is computed again; it is less where it is kept.
+        assert 0.85 < taken / expected < 1.05
+        shares.append(stack.current.share)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.7
+    assert shares[-1] < 0.15
+    step_of_kinds = 2 if family[0] == "gemma2" else 1
+    for kind in range(step_of_kinds):
+        kept = [option.kept for option in stack.current.options[kind::step_of_kinds]]
+        assert kept == sorted(kept)
+
+
+def test_plans_are_found_again(device, monkeypatch):
+    model = deep(layers=4)
+    stack = plan(model)
+    solved = []
+    solve = type(stack)._solve
+    monkeypatch.setattr(type(stack), "_solve", lambda self, *args: (solved.append(args), solve(self, *args))[1])
+    for length in (40, 32, 33, 32, 40):
+        gradients(model, batch(3, length))
+    # 96 tokens and 99 are one bucket, 120 another.
+    assert [shape.tokens for shape, _ in solved] == [120, 96, 100]
+
+
+def test_a_much_larger_micro_batch_is_measured_again(device):
+    model = deep(layers=4)
+    stack = plan(model)
+    stack.memory.size = stack.predicted
+    gradients(model, batch(8, 60))
+    assert stack.current is None
+    gradients(model, batch(8, 60))
+    assert stack.current is not None
+    assert stack.predicted <= stack.memory.size or not stack.current.fits
+
+
+def test_small_micro_batches_keep_what_large_ones_cannot(device):
+    model = deep(layers=4)
+    stack = plan(model)
+    (stack.budget,) = budgets(stack, model, (0.2,))
+    step(model)
+    assert stack.current.share > 0.3
+    gradients(model, batch(4, 8))
+    assert stack.current.share == 0.0
+
+
+def test_evaluation_and_generation_are_not_planned(device):
+    model = deep(layers=4)
+    stack = plan(model)
+    with torch.no_grad():
+        model(input_ids=batch())
+    model.eval()
+    before = stack.current
+    model(input_ids=batch(1, 5)).logits.sum().backward()
+    assert stack.current is before
+
+
+def test_revert_takes_it_away(device, runs):
+    model = deep(layers=4)
+    stack = plan(model)
+    stack.budget = Budget("min")
+    revert(model)
+    before = stack.current
+    step(model)
+    assert stack.current is before
+
+
+FOREIGN = {"full fine-tuning": "*:blocks,*:checkpointing", "without blocks": "*:checkpointing"}
+
+
+@pytest.mark.parametrize("selection", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("enabled", [False, True])
+def test_layers_of_upstreams_are_checkpointed_one_by_one(selection, enabled, device):
+    model = deep(layers=4)
+    model.base_model.model.requires_grad_(True)
+    expected = step(model)
+    if enabled:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    patch(model, selection)
+    for _ in range(3):
+        step(model)
+    (stack,) = backbone._stacks.values()
+    assert stack.current is not None
+    counts = {}
+    for share, budget in zip((0.0, 0.5, 1.0), budgets(stack, model, (0.0, 0.5, 1.0)), strict=True):
+        stack.budget = budget
+        model.zero_grad()
+        device.reset()
+        loss, found = step(model)
+        counts[share] = policies(stack).count(Policy.INPUT)
+        assert device.peak() < 1.05 * stack.predicted
+        assert torch.equal(loss, expected[0])
+        assert all(torch.equal(found[name], expected[1][name]) for name in found)
+        del loss, found
+    assert counts[0.0] > counts[0.5] > counts[1.0]
+    revert(model)
+    layer = model.base_model.model.model.layers[0]
+    assert layer.gradient_checkpointing is enabled
+    assert ("_gradient_checkpointing_func" in vars(layer)) is enabled
