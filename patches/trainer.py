@@ -36,4 +36,13 @@ def sloth_trainers() -> list[TrainerSpec]:
         replaces=("transformers.trainer:Trainer._run_epoch | transformers.trainer:Trainer._inner_training_loop",),
         summary="the device is not waited for after each loss, and not while a batch is copied to it",
     )
-    return [TrainerSpec(name="trainer", family="trainer", patches=(one_launch, bookkeeping, async_step))]
+    out_of_memory = Patch(
+        name="out_of_memory",
+        target="transformers.trainer:Trainer",
+        replacement="sloth_plugins.patches.trainers.out_of_memory:retried",
+        # With the plans that it tightens.
+        default=False,
+        summary="a micro-batch that runs out of memory is run again with a tighter plan",
+    )
+    patches = (one_launch, bookkeeping, async_step, out_of_memory)
+    return [TrainerSpec(name="trainer", family="trainer", patches=patches)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import seams
 from .errors import SlothError
+from .memory import check_environment
 from .processes import rank
 from .selection import VARIABLE, Selection, check_names, parse
 from .watching import Watcher
@@ -66,6 +67,7 @@ def activate(selection: str | None = None) -> None:
     if parsed.is_off:
         deactivate()
         return
+    check_environment()
     if parsed.names_something:
         _check_names_now(parsed)
     if _active is not None:

@@ -14,6 +14,7 @@ from .compatibility import verdict
 from .discovery import Plugins, plugins
 from .environment import probe
 from .errors import SlothError
+from .memory import allow, check_environment
 from .planning import make_plan
 from .resolving import Binding, bind, bind_trainer
 from .selection import VARIABLE, Selection, check_names, parse
@@ -192,11 +193,14 @@ def _must_be_a_module(model: object, function: str) -> None:
         raise SlothError(f"{function}() takes a torch.nn.Module, not {type(model).__name__} {model!r:.60}")
 
 
-def patch(model: torch.nn.Module, selection: str | None = None, *, trainer: Any = None) -> Report:
+def patch(
+    model: torch.nn.Module, selection: str | None = None, *, trainer: Any = None, memory: str | None = None
+) -> Report:
     """Bring a model, and the trainer that is given with it, to exactly the selected patches, in place.
 
     `selection` has the form of SLOTH_PLUGINS and defaults to it, or to everything that is on by default. Calling it
-    again with another selection adds and removes; `"off"` takes all away. What is chosen so stays, whatever
+    again with another selection adds and removes; `"off"` takes all away. `memory` has the form of SLOTH_MEMORY, and
+    counts for this model instead of it. What is chosen so stays, whatever
     SLOTH_PLUGINS says, when the model enters training; trainers of the model that are not given run stock. Raises
     `SlothError` for a selection that names something unknown, a patch that cannot run here, or a trainer of another
     model.
@@ -208,6 +212,9 @@ def patch(model: torch.nn.Module, selection: str | None = None, *, trainer: Any 
             f"patch(trainer=) takes the trainer of this model, not {type(trainer).__name__} {trainer!r:.60}"
         )
     parsed = None if selection is None else parse(selection, "selection")
+    check_environment()
+    if memory is not None:
+        allow(model, memory)
     _called_by_hand = True
     report = examine(model, parsed, trainer=trainer)
     others = [other for other in trainers.trainers_of(model) if other is not trainer]

@@ -22,6 +22,15 @@ LAYERS = {
         {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.losses"},
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
+    "patches/checkpointing": (
+        {
+            "torch",
+            "sloth_plugins.patches.kernels",
+            "sloth_plugins.patches.blocks",
+            "sloth_plugins.patches.checkpointing",
+        },
+        {"transformers", "peft", "triton", "sloth_plugins"},
+    ),
     "patches/forwards": (
         {
             "torch",
@@ -33,7 +42,13 @@ LAYERS = {
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
     "patches/trainers": (
-        {"torch", "sloth_plugins.patches.kernels", "sloth_plugins.patches.losses", "sloth_plugins.patches.trainers"},
+        {
+            "torch",
+            "sloth_plugins.patches.kernels",
+            "sloth_plugins.patches.losses",
+            "sloth_plugins.patches.checkpointing",
+            "sloth_plugins.patches.trainers",
+        },
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
     "patches": ({"sloth_plugins.registry", "sloth_plugins.patches.conventions"}, HEAVY | {"sloth_plugins"}),

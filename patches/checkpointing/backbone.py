@@ -9,13 +9,16 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..kernels.notices import say_once
+from .budget import Budget, from_environment
 from .layers import Shape
-from .memory import Cuda, Memory, from_environment
+from .memory import Cuda, Memory
 from .plan import Plan, gib
 from .stack import Stack
 
 Forward = Callable[..., Any]
 _stacks: WeakKeyDictionary[torch.nn.Module, Stack] = WeakKeyDictionary()
+# What was allowed for one model and not by the environment.
+_budgets: WeakKeyDictionary[torch.nn.Module, Budget] = WeakKeyDictionary()
 
 
 def memory_of(device: torch.device) -> Memory | None:
@@ -34,8 +37,23 @@ def stack_of(module: torch.nn.Module) -> Stack | None:
     if memory is None:
         return None
     trained = [p for p in module.parameters() if p.requires_grad]
-    _stacks[module] = Stack(layers, trained, memory, from_environment(), _tell)
+    budget = _budgets.get(module) or from_environment()
+    _stacks[module] = Stack(layers, trained, memory, budget, _tell)
     return _stacks[module]
+
+
+def allow(model: torch.nn.Module, budget: Budget) -> None:
+    """Let the plans of all backbones in a model take so much."""
+    for module in model.modules():
+        if _layers_of(module):
+            _budgets[module] = budget
+            if module in _stacks:
+                _stacks[module].budget = budget
+
+
+def stacks_of(model: torch.nn.Module) -> list[Stack]:
+    """The layers of all backbones in a model that are planned."""
+    return [stack for module in model.modules() if (stack := _stacks.get(module)) is not None]
 
 
 def _layers_of(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:

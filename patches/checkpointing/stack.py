@@ -14,8 +14,9 @@ import torch
 
 from ..blocks.policy import Policy, choosing
 from ..blocks.run import Run
+from .budget import Budget
 from .layers import Foreign, Fused, Rates, Shape, checkpointed
-from .memory import Budget, Memory, allowed
+from .memory import Memory, allowed
 from .meters import LayerMeter
 from .options import Option, peak
 from .plan import Plan
@@ -48,6 +49,7 @@ class Stack:
         # The plan for the micro-batch that runs, what may be allocated at once, and what was expected to be.
         self.current: Plan | None = None
         self.limit = self.predicted = 0
+        self.shape = Shape(0, 0)
         self._index = {id(module): i for i, module in enumerate(self.modules)}
         self._layers: dict[int, Fused | Foreign] = {}
         self._rates: dict[tuple[Any, ...], Rates] = {}
@@ -100,6 +102,34 @@ class Stack:
 
         output.register_hook(loss_is_done)  # type: ignore[no-untyped-call]  # torch's
 
+    def tighten(self, factor: float) -> bool:
+        """Plan with less from now on, as the last plan took too much; False if that was the tightest there is."""
+        if self.current is None or self.current.options == tightest(self._options(self.shape), self.host_budget):
+            return False
+        everything = max(1, allowed(self.budget, self.memory))
+        self.share = factor * min(self.share, self.predicted / everything)
+        return True
+
+    def largest(self) -> int | None:
+        """About how many tokens the tightest plan would fit, at the last micro-batch's length; None if unknown."""
+        if self._learned is None or not self._rates:
+            return None
+        left = self._left()
+        fits, least = self.shape, 0
+        while fits.tokens > least + 16:
+            half = (fits.tokens + least) // 2
+            shape = Shape(half, max(1, self.shape.pairs * half // self.shape.tokens))
+            if peak(tightest(self._options(shape), self.host_budget), self._after_for(shape)) <= left:
+                least = half
+            else:
+                fits = shape
+        return least
+
+    def _left(self) -> int:
+        """Bytes that a plan may take now."""
+        self.limit = int(allowed(self.budget, self.memory) * self.share)
+        return self.limit - self.memory.allocated() - self._unborn()
+
     def _policy(self, i: int) -> Policy:
         return Policy.INPUT if self.current is None else self.current.options[i].policy
 
@@ -127,18 +157,17 @@ class Stack:
 
     def _decide(self, shape: Shape) -> None:
         """Set the plan for a micro-batch, or find that there is something to learn first."""
-        self.current, self._learning = None, None
+        self.current, self._learning, self.shape = None, None, shape
         if not self._is_known(shape):
             self._learning = shape
             return
-        limit = int(allowed(self.budget, self.memory) * self.share)
-        left = limit - self.memory.allocated() - self._unborn()
-        grain = max(1, int(limit * GRAIN))
+        left = self._left()
+        grain = max(1, int(self.limit * GRAIN))
         key = shape, left // grain
         if key not in self._plans:
             self._plans[key] = self._solve(shape, key[1] * grain)
         self.current = self._plans[key]
-        self.limit, self.predicted = limit, limit - left + self.current.peak
+        self.predicted = self.limit - left + self.current.peak
         self.told(self, self.current)
 
     def _is_known(self, shape: Shape) -> bool:
@@ -158,8 +187,7 @@ class Stack:
     def _is_small(self, shape: Shape) -> bool:
         """Whether everything may be kept by far, so that nothing need be known exactly."""
         plan = [options[0] for options in self._options(shape)]
-        left = allowed(self.budget, self.memory) * self.share - self.memory.allocated() - self._unborn()
-        return 2 * peak(plan, self._after_for(shape)) < left
+        return 2 * peak(plan, self._after_for(shape)) < self._left()
 
     def _after_for(self, shape: Shape) -> int:
         assert self._learned is not None, "asked once that is known"

@@ -8,7 +8,7 @@ from lora_models import FAMILIES, batch, distance, gradients, lora_model
 from sloth_plugins import patch, revert
 from sloth_plugins.patches.blocks.policy import Policy
 from sloth_plugins.patches.checkpointing import backbone
-from sloth_plugins.patches.checkpointing.memory import Budget
+from sloth_plugins.patches.checkpointing.budget import Budget
 
 LAYERS = 8
 IDS = [kind for _, kind in FAMILIES]
