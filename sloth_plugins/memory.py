@@ -11,9 +11,10 @@ _BACKBONE = "sloth_plugins.patches.checkpointing.backbone"
 
 
 def check_environment() -> None:
-    """Raise `SlothError` for a SLOTH_MEMORY that cannot be read."""
+    """Raise `SlothError` for a SLOTH_MEMORY or SLOTH_HOST_MEMORY that cannot be read."""
     try:
         import_module(_BUDGET).from_environment()
+        import_module(_BUDGET).host_bytes(0)
     except ValueError as error:
         raise SlothError(str(error)) from None
 

@@ -1,5 +1,6 @@
 """The attention block: norm, q, k and v, rotary embedding, attention, o, and the residual around them."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..kernels.ownership import graph_is_kept
 from .attention import State, attend, attend_backward
 from .edges import enter, leave, leave_backward
 from .policy import Policy
-from .run import Run, rows, stash, unstash
+from .run import Host, Run, rows, stash, unstash
 
 Tensor = torch.Tensor
 
@@ -177,7 +178,10 @@ class AttentionBlock(torch.autograd.Function):
             run.kept = {name: made[name] for name in ("xa", "xa_o")}
             if run.policy is Policy.ATTENTION:
                 run.kept["state"] = made["state"]
-        if needs_graph:
+        if needs_graph and not keeps and run.host is not None:
+            _park(run, run.host, x)
+            stash(ctx, {}, *params)
+        elif needs_graph:
             stash(ctx, _flat(made) if keeps else {}, x, *params)
         return out.view(x.shape)
 
@@ -187,7 +191,10 @@ class AttentionBlock(torch.autograd.Function):
         """Gradients of x and of the adapters."""
         run: Run = ctx.run
         n_inputs = len(ctx.needs_input_grad) - 1
-        (x, *_), made = unstash(ctx, n_inputs)
+        is_parked = run.parked is not None
+        (x, *_), made = unstash(ctx, n_inputs - is_parked)
+        # The MLP's backward, which comes first, has fetched it.
+        x = run.x if run.x is not None else x
         repeatable = graph_is_kept()
         if run.policy is Policy.KEEP:
             made = _unflat(made)
@@ -205,6 +212,25 @@ class AttentionBlock(torch.autograd.Function):
             need_dx=ctx.needs_input_grad[1],
         )  # fmt: skip
         return None, None if dx is None else dx.view(x.shape), *grads
+
+
+def _park(run: Run, host: Host, x: Tensor) -> None:
+    """Put x, and the attention's output where it is kept, into host memory."""
+    state: State | None = run.kept.get("state")
+    if state is None or state.leaves is not None:
+        run.parked = host.park([x])
+    else:
+        run.parked = host.park([x, state.out.transpose(1, 2)])
+        state.out = state.out.new_empty(0)
+
+
+def fetch(run: Run, *, keep: bool) -> Tensor:
+    """x again, and the attention's output in its place; with `keep` they stay where they were, too."""
+    assert run.parked is not None, "it was parked"
+    run.x, *others = run.parked.take(keep=keep)
+    if others:
+        run.kept["state"] = dataclasses.replace(run.kept["state"], out=others[0].transpose(1, 2))
+    return run.x
 
 
 def _flat(made: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..kernels.once import differentiable_once
 from ..kernels.ownership import graph_is_kept, saving_is_plain
 from . import attention_block, mlp_block
 from .policy import Policy
+from .resident import ignored
 from .run import Run, rows
 
 Tensor = torch.Tensor
@@ -98,7 +99,7 @@ class LayerGraph:
         self.run = dataclasses.replace(run, cos=self.inputs[1], sin=self.inputs[2])
         self.backward_graph: torch.cuda.CUDAGraph | None = None
         self.pointers = self._pointers()
-        with device.capturing() as self.forward_graph:
+        with ignored(), device.capturing() as self.forward_graph:
             self.run.parts.copies.refresh()
             self.attention, mid = attention_block.forward(self.run, self.inputs[0], differentiable=True)
             self.source = rows(self.inputs[0]) if run.parts.is_parallel else mid
@@ -139,7 +140,7 @@ class LayerGraph:
         if self.backward_graph is None:
             self.grad = rows(grad).clone()
             try:
-                with self.device.capturing() as graph:
+                with ignored(), self.device.capturing() as graph:
                     self.dx, self.grads = self._differentiate(self.grad, need_dx, True)
             except RuntimeError as error:
                 self.device.give_up(error)

@@ -19,6 +19,7 @@ from ..kernels.ops.dropout import add_dropped, dropped
 from ..kernels.ops.four_bit import dequantize_four_bit
 from ..kernels.ops.lora_glu import MAX_RANK, LowRank
 from .projection import Adapter, Projection
+from .resident import held
 
 Tensor = torch.Tensor
 
@@ -29,10 +30,16 @@ def is_made(projection: Projection, dtype: torch.dtype) -> bool:
 
 
 def base_weight(projection: Projection, dtype: torch.dtype) -> Tensor:
-    """W [n, k] in `dtype`: the parameter itself where it has that dtype, else made anew."""
+    """W [n, k] in `dtype`: the parameter itself where it has that dtype, what stays of it, else made anew."""
     weight = projection.weight
+    if not is_made(projection, dtype):
+        assert isinstance(weight, Tensor), "four bits are no dtype of a product"
+        return weight
+    resident = held(projection, dtype)
+    if resident is not None:
+        return resident
     if not isinstance(weight, FourBit):
-        return weight.to(dtype) if is_made(projection, dtype) else weight
+        return weight.to(dtype)
     out = torch.empty(projection.shape, dtype=dtype, device=weight.packed.device)
     dequantize_four_bit(weight, out)
     return out

@@ -123,6 +123,8 @@ class MLPBlock(torch.autograd.Function):
         if run.is_differentiable and any(ctx.needs_input_grad):
             if run.policy is Policy.KEEP:
                 stash(ctx, {**made, **{f"output{i}": t for i, t in enumerate(outputs)}}, source, *params)
+            elif run.parked is not None:
+                stash(ctx, made, *params)
             else:
                 stash(ctx, made, x, *params)
         return out.view(x.shape)
@@ -133,9 +135,11 @@ class MLPBlock(torch.autograd.Function):
         """Gradients of x (in a parallel layer), of mid and of the adapters."""
         run: Run = ctx.run
         parts = run.parts
-        (source, *_), made = unstash(ctx, len(ctx.needs_input_grad) - 2)
-        flat, shape = rows(grad), source.shape
         repeatable = graph_is_kept()
+        (source, *_), made = unstash(ctx, len(ctx.needs_input_grad) - 2 - (run.parked is not None))
+        if run.parked is not None:
+            source = attention_block.fetch(run, keep=repeatable)
+        flat, shape = rows(grad), source.shape
         overwrite = run.may_overwrite and not repeatable
         if run.policy is Policy.KEEP:
             made["outputs"] = [made[f"output{i}"] for i in range(len(parts.up.projections))]

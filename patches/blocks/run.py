@@ -59,14 +59,29 @@ class Meter(Protocol):
         """What the attention core begins and ends with, which its graph need not keep."""
 
 
+class Parked(Protocol):
+    """Tensors that wait elsewhere for their backward."""
+
+    def take(self, *, keep: bool) -> list[Tensor]:
+        """Them again, on the device; with `keep` not for the last time."""
+
+
+class Host(Protocol):
+    """Memory that is not the device's."""
+
+    def park(self, tensors: Sequence[Tensor]) -> Parked:
+        """Copy tensors there."""
+
+
 @dataclass(slots=True, eq=False)
 class Run:
     """One call of a layer. `dtype` is what products are computed in; the residual stream may be wider.
 
     `seeds` are those of the dropout masks, one for each projection of the groups in order. `may_overwrite` says that
     saved tensors come back as they are, `is_differentiable` that gradients are wanted at all. `cache` is upstream's
-    cache of keys and values, if it is to be filled. `meter` measures, where a planner has set one. `kept` and
-    `recomputed` are what the attention block leaves for later under a policy other than KEEP.
+    cache of keys and values, if it is to be filled. `meter` measures, and `host` takes the layer's input and the
+    attention's output, where a planner has set them. `kept`, `parked`, `recomputed` and `x` are what the attention
+    block leaves for later, and its backward finds, under a policy other than KEEP.
     """
 
     parts: Parts
@@ -80,8 +95,11 @@ class Run:
     is_differentiable: bool
     cache: Any = None
     meter: Meter | None = None
+    host: Host | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    parked: Parked | None = None
     recomputed: dict[str, Any] | None = None
+    x: Tensor | None = None
 
     def measured(self, what: Literal["again", "attention"]) -> AbstractContextManager[None]:
         """Within it, the meter measures this, if there is one."""
@@ -89,7 +107,7 @@ class Run:
 
     def release(self) -> None:
         """Let go of what was kept, once the backward has run."""
-        self.kept, self.recomputed = {}, None
+        self.kept, self.recomputed, self.parked, self.x = {}, None, None, None
 
 
 def rows(x: Tensor) -> Tensor:

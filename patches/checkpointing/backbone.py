@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..kernels.notices import say_once
-from .budget import Budget, from_environment
+from .budget import Budget, from_environment, host_bytes
 from .layers import Shape
 from .memory import Cuda, Memory
 from .plan import Plan, gib
@@ -26,6 +27,15 @@ def memory_of(device: torch.device) -> Memory | None:
     return Cuda(device) if device.type == "cuda" else None
 
 
+def host_budget() -> int:
+    """Bytes of host memory for this process: its share of what all on this host may take; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    import psutil
+
+    return host_bytes(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def stack_of(module: torch.nn.Module) -> Stack | None:
     """The layers of a backbone with what is known of them; None if it has none, or no memory to plan for."""
     layers = _layers_of(module)
@@ -38,8 +48,9 @@ def stack_of(module: torch.nn.Module) -> Stack | None:
         return None
     trained = [p for p in module.parameters() if p.requires_grad]
     budget = _budgets.get(module) or from_environment()
-    _stacks[module] = Stack(layers, trained, memory, budget, _tell)
-    return _stacks[module]
+    stack = _stacks[module] = Stack(layers, trained, memory, budget, _tell)
+    stack.host_budget = host_budget()
+    return stack
 
 
 def allow(model: torch.nn.Module, budget: Budget) -> None:
@@ -94,6 +105,8 @@ def backbone(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if not self.training and self in _stacks:
+                _stacks[self].at_rest()
             return original(self, *args, **kwargs)
         shape = _shape_of({**dict(zip(names, args, strict=False)), **kwargs})
         stack = None if shape is None else stack_of(self)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 VARIABLE = "SLOTH_MEMORY"
+HOST_VARIABLE = "SLOTH_HOST_MEMORY"
 FORMS = "auto, min, a size such as 24GiB, or a share of the device such as 80%"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -34,6 +35,17 @@ def parse(text: str, source: str = VARIABLE) -> Budget:
         if unit or size >= 2**20:
             return Budget("bytes", size, given)
     raise ValueError(f"{source}={text!r} is not one of: {FORMS}")
+
+
+def host_bytes(available: int) -> int:
+    """Of so many bytes of host memory, those that tensors may wait in: SLOTH_HOST_MEMORY, and at most half of all.
+
+    Raises ValueError, as `parse` does.
+    """
+    text = os.environ.get(HOST_VARIABLE) or "auto"
+    budget = Budget("min") if text.strip() == "0" else parse(text, HOST_VARIABLE)
+    wanted = {"auto": available / 2, "min": 0, "bytes": budget.value, "share": budget.value * available}[budget.kind]
+    return int(min(wanted, available / 2))
 
 
 def from_environment() -> Budget:

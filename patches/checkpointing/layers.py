@@ -13,6 +13,12 @@ from . import bytes as formulas
 from .meters import GraphMeter, LayerMeter
 from .options import Option
 
+# What a copy between a GPU and pinned memory does at least; how much of a layer's time it can hide behind; and what it
+# costs although hidden, as a share of its own time.
+HOST_BYTES_PER_SECOND = 2e10
+OVERLAP = 0.8
+INTERFERENCE = 0.03
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -85,11 +91,8 @@ class Fused:
     def options(self, shape: Shape, rates: Rates, *, host: bool) -> list[Option]:
         """The ways it has for a micro-batch; with `host`, those too that put something into host memory."""
         graph, products = rates.graph_for(shape), rates.products * shape.tokens
-        seconds = {
-            Policy.KEEP: 0.0,
-            Policy.ATTENTION: products,
-            Policy.INPUT: products + rates.attention * shape.pairs,
-        }
+        again = products + rates.attention * shape.pairs
+        seconds = {Policy.KEEP: 0.0, Policy.ATTENTION: products, Policy.INPUT: again}
         options = []
         for policy, cost in seconds.items():
             kept = formulas.kept(self.parts, shape.tokens, policy, self.width, graph)
@@ -99,7 +102,9 @@ class Fused:
             options.append(Option(policy, False, kept, 0, work, cost))
             if host and policy is not Policy.KEEP and not (graph and policy is Policy.ATTENTION):
                 moved = formulas.offloaded(self.parts, shape.tokens, policy, self.width)
-                options.append(Option(policy, True, kept - moved, moved, work + moved, cost))
+                # One layer's is on its way while that of the next is used.
+                cost += _transfer(moved, again)
+                options.append(Option(policy, True, kept - moved, moved, work + 2 * moved, cost))
         return options
 
 
@@ -129,6 +134,12 @@ class Foreign:
             Option(Policy.KEEP, False, kept, 0, kept // 2, 0.0),
             Option(Policy.INPUT, False, given, 0, kept + kept // 2, rates.products * shape.tokens),
         ]
+
+
+def _transfer(size: int, compute: float) -> float:
+    """Seconds that copying to the host and back costs a layer whose forward takes about `compute`."""
+    each = size / HOST_BYTES_PER_SECOND
+    return INTERFERENCE * 2 * each + 2 * max(0.0, each - OVERLAP * compute)
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from ..blocks.policy import Policy, choosing
-from ..blocks.run import Run
+from ..blocks.run import Parts, Run
+from . import weights
 from .budget import Budget
+from .host import Host
 from .layers import Foreign, Fused, Rates, Shape, checkpointed
 from .memory import Memory, allowed
 from .meters import LayerMeter
@@ -43,12 +45,16 @@ class Stack:
     ) -> None:
         self.modules, self.trained = tuple(modules), tuple(trained)
         self.memory, self.budget, self.told = memory, budget, told
+        # Bytes of host memory that may be used, and who keeps tensors there.
         self.host_budget = 0
+        self.host: Host | None = None
         # Of what is allowed, after that has turned out to be too much.
         self.share = 1.0
         # The plan for the micro-batch that runs, what may be allocated at once, and what was expected to be.
         self.current: Plan | None = None
         self.limit = self.predicted = 0
+        # Bytes of weights that stay and need not be made.
+        self.staying = 0
         self.shape = Shape(0, 0)
         self._index = {id(module): i for i, module in enumerate(self.modules)}
         self._layers: dict[int, Fused | Foreign] = {}
@@ -84,6 +90,8 @@ class Stack:
 
     def ended(self, output: torch.Tensor) -> None:
         """The backbone has given its output; the rest of the model and the loss come until that gets its gradient."""
+        if self.host is not None:
+            self.host.land()
         if self._learning is None or not output.requires_grad:
             return
         shape, before = self._learning, self.memory.allocated()
@@ -126,9 +134,16 @@ class Stack:
         return least
 
     def _left(self) -> int:
-        """Bytes that a plan may take now."""
+        """Bytes that a plan may take now, weights that stay among them."""
         self.limit = int(allowed(self.budget, self.memory) * self.share)
-        return self.limit - self.memory.allocated() - self._unborn()
+        return self.limit - self.memory.allocated() - self._unborn() + weights.staying(self._fused())
+
+    def _fused(self) -> list[Parts]:
+        return [layer.parts for _, layer in sorted(self._layers.items()) if isinstance(layer, Fused)]
+
+    def at_rest(self) -> None:
+        """What runs now is no training, and may need all memory that is not taken for good."""
+        weights.drop(self._fused())
 
     def _policy(self, i: int) -> Policy:
         return Policy.INPUT if self.current is None else self.current.options[i].policy
@@ -146,6 +161,8 @@ class Stack:
         fused = self._layers[i]
         if self._learning is not None and isinstance(fused, Fused) and i in self._firsts():
             run.meter = fused.meter = LayerMeter(x.is_cuda)
+        if self.current is not None and self.current.options[i].on_host:
+            run.host = self.host = self.host or Host(x.device)
         return self._policy(i)
 
     def _firsts(self) -> set[int]:
@@ -167,7 +184,10 @@ class Stack:
         if key not in self._plans:
             self._plans[key] = self._solve(shape, key[1] * grain)
         self.current = self._plans[key]
-        self.predicted = self.limit - left + self.current.peak
+        # Kept activations save more for a byte, so weights get what these leave over.
+        spare = left - self.current.peak if self.current.share == 0.0 else 0
+        self.staying = weights.fit(self._fused(), shape.tokens, int(weights.SHARE * spare))
+        self.predicted = self.limit - left + self.current.peak + self.staying
         self.told(self, self.current)
 
     def _is_known(self, shape: Shape) -> bool:

@@ -1,0 +1,96 @@
+"""Weights made from four bits that stay while there is memory: the same numbers, and gone when they are in the way."""
+
+import pytest
+import torch
+from counted import Counted
+from lora_models import batch, gradients
+from peft import LoraConfig, get_peft_model
+from test_quantised import quantised
+
+from sloth_plugins import patch
+from sloth_plugins.patches.blocks import graphs, group, resident
+from sloth_plugins.patches.checkpointing import backbone
+from sloth_plugins.patches.checkpointing.budget import Budget
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A four-bit model with plans, and the weights that are made from four bits."""
+    memory = Counted()
+    monkeypatch.setattr(backbone, "memory_of", lambda device: memory)
+    monkeypatch.setattr(backbone, "_stacks", type(backbone._stacks)())
+    monkeypatch.setattr(graphs, "MAX_WORK", 0)
+    made = []
+    dequantize = group.dequantize_four_bit
+    monkeypatch.setattr(group, "dequantize_four_bit", lambda *args: (made.append(1), dequantize(*args))[1])
+    model, _ = quantised()
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    patch(model, "*:blocks,*:checkpointing")
+    with torch.compiler.set_stance("force_eager"):
+        expected = [gradients(model) for _ in range(2)][0]
+        del made[:]
+        yield model, made, expected
+
+
+def assert_same(found, expected):
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+
+
+def test_each_is_made_once(made):
+    model, calls, expected = made
+    assert_same(gradients(model), expected)
+    assert len(calls) in (0, 14)
+    del calls[:]
+    for _ in range(3):
+        assert_same(gradients(model), expected)
+    assert not calls
+    (stack,) = backbone._stacks.values()
+    assert stack.staying > 0
+    held = [p for parts in stack._fused() for g in parts.groups for p in g.projections]
+    assert stack.staying == resident.size(held) == sum(4 * p.shape[0] * p.shape[1] for p in held)
+
+
+def test_they_go_where_memory_is_short(made):
+    model, calls, expected = made
+    gradients(model)
+    (stack,) = backbone._stacks.values()
+    full = stack.staying
+    stack.memory.size = stack.memory.allocated() + stack._unborn() + stack.current.peak + full
+    assert_same(gradients(model), expected)
+    assert 0 < stack.staying <= full // 2
+    assert calls
+    stack.budget = Budget("min")
+    assert_same(gradients(model), expected)
+    assert stack.staying == 0
+
+
+def test_they_go_for_an_evaluation_and_come_back(made):
+    model, calls, expected = made
+    gradients(model)
+    (stack,) = backbone._stacks.values()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=batch())
+    from sloth_plugins.patches.checkpointing import weights
+
+    assert weights.staying(stack._fused()) == 0
+    model.train()
+    assert_same(gradients(model), expected)
+    assert weights.staying(stack._fused()) > 0
+
+
+def test_a_weight_that_was_changed_is_made_anew(made):
+    model, calls, expected = made
+    gradients(model)
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    weight.data.copy_(weight.data.flip(0))
+    weight.data = weight.data.clone()
+    del calls[:]
+    loss, _ = gradients(model)
+    assert calls
+    assert not torch.equal(loss, expected[0])
