@@ -36,13 +36,13 @@ def sloth_trainers() -> list[TrainerSpec]:
         replaces=("transformers.trainer:Trainer._run_epoch | transformers.trainer:Trainer._inner_training_loop",),
         summary="the device is not waited for after each loss, and not while a batch is copied to it",
     )
-    out_of_memory = Patch(
-        name="out_of_memory",
+    memory_plans = Patch(
+        name="memory_plans",
         target="transformers.trainer:Trainer",
-        replacement="sloth_plugins.patches.trainers.out_of_memory:retried",
-        # With the plans that it tightens.
+        replacement="sloth_plugins.patches.trainers.memory_plans:planned",
+        # As long as the plans of the models are not.
         default=False,
-        summary="a micro-batch that runs out of memory is run again with a tighter plan",
+        summary="a micro-batch that runs out of memory is run again with a tighter plan; processes plan alike",
     )
-    patches = (one_launch, bookkeeping, async_step, out_of_memory)
+    patches = (one_launch, bookkeeping, async_step, memory_plans)
     return [TrainerSpec(name="trainer", family="trainer", patches=patches)]

@@ -3,13 +3,14 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ..kernels.notices import say_once
+from ..kernels.ownership import saving_is_plain
 from .budget import Budget, from_environment, host_bytes
 from .layers import Shape
 from .memory import Cuda, Memory
@@ -50,7 +51,19 @@ def stack_of(module: torch.nn.Module) -> Stack | None:
     budget = _budgets.get(module) or from_environment()
     stack = _stacks[module] = Stack(layers, trained, memory, budget, _tell)
     stack.host_budget = host_budget()
+    for name in _superseded(layers):
+        say_once(f"memory: {name} is superseded by the plan, which says for each layer what it computes again")
     return stack
+
+
+def _superseded(layers: Sequence[torch.nn.Module]) -> Iterator[str]:
+    """What the user has asked of checkpointing that says which layers do it, or what they keep."""
+    flags = {bool(getattr(layer, "gradient_checkpointing", False)) for layer in layers}
+    if len(flags) > 1:
+        yield "every_n_layers"
+    functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
+    if any("context_fn" in getattr(function, "keywords", {}) for function in functions):
+        yield "selective checkpointing"
 
 
 def allow(model: torch.nn.Module, budget: Budget) -> None:
@@ -67,6 +80,22 @@ def stacks_of(model: torch.nn.Module) -> list[Stack]:
     return [stack for module in model.modules() if (stack := _stacks.get(module)) is not None]
 
 
+def agree(model: torch.nn.Module) -> None:
+    """Let all processes plan with the memory of the one that has least. To be called by all of them."""
+    for module in model.modules():
+        stack = stack_of(module) if _layers_of(module) else None
+        if stack is not None:
+            least = torch.tensor(stack.memory.capacity(), device=_device_of_messages(module))
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+            stack.ceiling = int(least)
+
+
+def _device_of_messages(module: torch.nn.Module) -> torch.device:
+    """Where the process group takes tensors from."""
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    return next(module.parameters()).device if on_gpu else torch.device("cpu")
+
+
 def _layers_of(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
     """The layers that transformers would checkpoint one by one."""
     for child in module.children():
@@ -76,14 +105,20 @@ def _layers_of(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
 
 
 def _tell(stack: Stack, plan: Plan) -> None:
-    if plan.share == 0.0 and plan.fits:
-        return
-    groups = ", ".join(plan.groups())
-    said = (
-        f"memory: {plan.shape.tokens} tokens, {groups}; {plan.share:.0%} of computing all again, "
-        f"{gib(stack.predicted)} expected of {gib(stack.limit)} allowed"
+    if plan.share > 0.0 or not plan.fits:
+        say_once(told(stack), f"memory plan {id(stack)}")
+
+
+def told(stack: Stack) -> str:
+    """The plan of the last micro-batch, in a line."""
+    plan = stack.current
+    if plan is None:
+        return f"memory: {stack.shape.tokens} tokens, nothing is known yet"
+    staying = f", {gib(stack.staying)} of weights kept unpacked" if stack.staying else ""
+    return (
+        f"memory: {plan.shape.tokens} tokens, {', '.join(plan.groups())}; {plan.share:.0%} of computing all again"
+        f"{staying}, {gib(stack.predicted)} expected of {gib(stack.limit)} allowed"
     )
-    say_once(said, f"memory plan {id(stack)}")
 
 
 def _shape_of(given: dict[str, Any]) -> Shape | None:
@@ -111,6 +146,9 @@ def backbone(original: Forward) -> Forward:
         shape = _shape_of({**dict(zip(names, args, strict=False)), **kwargs})
         stack = None if shape is None else stack_of(self)
         if stack is None or shape is None:
+            return original(self, *args, **kwargs)
+        if not saving_is_plain():
+            say_once("memory: nothing is planned, because somebody else takes what is saved (activation_offloading)")
             return original(self, *args, **kwargs)
         with stack.forward(shape):
             output = original(self, *args, **kwargs)

@@ -48,8 +48,9 @@ class Stack:
         # Bytes of host memory that may be used, and who keeps tensors there.
         self.host_budget = 0
         self.host: Host | None = None
-        # Of what is allowed, after that has turned out to be too much.
+        # Of what is allowed, after that has turned out to be too much; and what other processes have at most.
         self.share = 1.0
+        self.ceiling: int | None = None
         # The plan for the micro-batch that runs, what may be allocated at once, and what was expected to be.
         self.current: Plan | None = None
         self.limit = self.predicted = 0
@@ -114,8 +115,7 @@ class Stack:
         """Plan with less from now on, as the last plan took too much; False if that was the tightest there is."""
         if self.current is None or self.current.options == tightest(self._options(self.shape), self.host_budget):
             return False
-        everything = max(1, allowed(self.budget, self.memory))
-        self.share = factor * min(self.share, self.predicted / everything)
+        self.share = factor * min(self.share, self.predicted / max(1, self._allowed()))
         return True
 
     def largest(self) -> int | None:
@@ -133,9 +133,13 @@ class Stack:
                 fits = shape
         return least
 
+    def _allowed(self) -> int:
+        own = allowed(self.budget, self.memory)
+        return own if self.ceiling is None else min(own, self.ceiling)
+
     def _left(self) -> int:
         """Bytes that a plan may take now, weights that stay among them."""
-        self.limit = int(allowed(self.budget, self.memory) * self.share)
+        self.limit = int(self._allowed() * self.share)
         return self.limit - self.memory.allocated() - self._unborn() + weights.staying(self._fused())
 
     def _fused(self) -> list[Parts]:

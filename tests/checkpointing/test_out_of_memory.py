@@ -73,7 +73,7 @@ class Failing:
         monkeypatch.setattr(module, name, call)
 
 
-SELECTION = "*:blocks,*:checkpointing,trainer:out_of_memory"
+SELECTION = "*:blocks,*:checkpointing,trainer:memory_plans"
 
 
 @pytest.mark.parametrize(
