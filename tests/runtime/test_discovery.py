@@ -7,7 +7,7 @@ from sloth_plugins import discovery
 from sloth_plugins.discovery import Plugins
 from sloth_plugins.registry import ArchitectureSpec, Environment, Patch, Plan, PlanItem, Skip, TrainerSpec, hookimpl
 
-LLAMA = ("rms_norm", "rope", "glu", "cross_entropy", "blocks")
+LLAMA = ("rms_norm", "rope", "glu", "cross_entropy", "blocks", "checkpointing")
 PATCH = Patch(name="norm", target="pkg.module:Norm", replacement="pkg.norm:factory")
 
 
@@ -211,8 +211,8 @@ def test_families_can_be_named_beside_their_architectures():
     assert {"llama", "mistral", "ministral", "qwen", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3"} <= set(
         catalogue
     )
-    assert catalogue["phi"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks", "layer_norm", "mlp")
-    assert catalogue["phi3"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks")
+    assert catalogue["phi"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks", "checkpointing", "layer_norm", "mlp")
+    assert catalogue["phi3"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks", "checkpointing")
 
 
 def test_a_plugin_adds_to_a_family(load):

@@ -23,6 +23,7 @@ def test_a_patch_goes_by_its_family():
         ["qwen:glu", "2", "applied"],
         ["qwen:cross_entropy", "1", "applied"],
         ["qwen:blocks", "2", "applied"],
+        ["qwen:checkpointing", "0", "off"],
     ]
 
 
@@ -37,7 +38,7 @@ def test_two_of_one_family_in_one_model_go_by_their_own_names():
 def test_a_plan_has_the_matrix_verdict_and_a_report_has_not():
     plan = text(examine(model("gemma2"), parse("1"), dry=True))
     assert "compat matrix: " in plan
-    assert plan.splitlines()[-1].endswith("(rms_norm, rope, glu, cross_entropy, blocks)")
+    assert "(rms_norm, rope, glu, cross_entropy, blocks" in plan
     assert "compat matrix" not in text(sloth_plugins.patch(model("gemma2"), "1"))
 
 
