@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..errors import SlothError
+from .naming import tied_by_config
 from .quantised import Packed, packed_names, shapes_without_parts
-
-if TYPE_CHECKING:
-    import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -23,6 +24,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.name = str(folder)
         self.config = read_config(folder)
         self.quantization = take_quantization(self.config, folder)
         self._files = _weight_map(folder)
@@ -35,9 +37,15 @@ class Checkpoint:
         """The weight files, each once."""
         return list(dict.fromkeys(self._files.values()))
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """The head's name with the embedding's, where the config ties them."""
+        return {head: embedding for head, embedding in tied_by_config(self.config).items() if embedding in self._stored}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every name in the files' order with its shape, dequantised."""
-        return shapes_without_parts(self._stored, self._packed)
+        shapes = shapes_without_parts(self._stored, self._packed)
+        return {name: shape for name, shape in shapes.items() if name not in self.tied}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU: fp32 where it was quantised, else in its stored dtype."""
@@ -46,8 +54,9 @@ class Checkpoint:
 
     def _raw(self, name: str) -> torch.Tensor:
         # Opened for each tensor: the file is mapped, and what was read of it counts as ours until it is closed.
-        with _opened(self._files[name]) as file:
-            return file.get_tensor(name).clone()
+        with opened(self._files[name]) as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+            return tensor.clone()
 
 
 def read_config(folder: Path) -> Any:
@@ -57,7 +66,7 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise SlothError(f"{folder / 'config.json'} cannot be read: {_line(error)}") from None
+        raise SlothError(f"{folder / 'config.json'} cannot be read: {line(error)}") from None
 
 
 def take_quantization(config: Any, where: object) -> dict[str, Any] | None:
@@ -84,7 +93,7 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     try:
         names: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise SlothError(f"{folder / INDEX} is damaged: {_line(error)}; download it again") from None
+        raise SlothError(f"{folder / INDEX} is damaged: {line(error)}; download it again") from None
     missing = sorted({file for file in names.values() if not (folder / file).is_file()})
     if missing:
         raise SlothError(f"{folder} lacks {', '.join(missing)} of its index; the download was not finished")
@@ -97,22 +106,23 @@ def _weight_map(folder: Path) -> dict[str, Path]:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    with _opened(file) as opened:
-        names: list[str] = opened.keys()
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+    with opened(file) as shard:
+        names: list[str] = shard.keys()
+        return {name: tuple(shard.get_slice(name).get_shape()) for name in names}
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
     """A safetensors file; the library itself checks that the header's extent is the file's size."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            yield opened
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            yield shard
     except SafetensorError as error:
-        raise SlothError(f"{file} is damaged or was not downloaded whole ({_line(error)}); fetch it again") from None
+        raise SlothError(f"{file} is damaged or was not downloaded whole ({line(error)}); fetch it again") from None
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """An error's message in one line."""
     return " ".join(str(error).split())[:200]

@@ -6,10 +6,9 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 FOUR_BIT_STATE = ".quant_state.bitsandbytes__"
 FOUR_BIT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
@@ -34,7 +33,6 @@ class Packed:
 
     def dequantise(self, raw: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """The weight in fp32, on the CPU."""
-        import torch
         from bitsandbytes.functional import QuantState
 
         weight = raw(self.name)
@@ -63,7 +61,6 @@ def packed_names(stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def from_four_bit(data: torch.Tensor, state: Any) -> torch.Tensor:
     """NF4 or FP4 data with its QuantState: code times block scale in fp32, where training rounds to 16 bits."""
-    import torch
     from bitsandbytes.functional import dequantize_4bit
 
     exact = copy.copy(state)
@@ -74,8 +71,6 @@ def from_four_bit(data: torch.Tensor, state: Any) -> torch.Tensor:
 
 def from_eight_bit(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """LLM.int8() rows: int8 values times the row's largest magnitude, over 127."""
-    import torch
-
     return data.to(torch.float32).mul_(scale.to(torch.float32).reshape(-1, 1) / 127)
 
 

@@ -32,11 +32,25 @@ class Weights(Protocol):
 def open_weights(source: Any, base: str | Path | None = None) -> Weights:
     """The weights of `source`: a checkpoint's folder, a PEFT or Trainer output folder, or a live model.
 
-    `base` names the folder of the base model where the adapter's own `base_model_name_or_path` does not hold.
-    Raises SlothError where there is no model, or where its files are damaged.
+    A folder without a model of its own stands for its newest `checkpoint-N`. Of a live model with several adapters, the
+    active ones are merged. `base` names the folder of the base model where the adapter's own
+    `base_model_name_or_path` does not hold. Raises SlothError where there is no model, where its files are damaged, or
+    where the adapter is of another base.
     """
+    from .adapter import Adapter
+    from .changes import Merged
     from .checkpoint import Checkpoint
+    from .live import LiveModel
+    from .sources import ADAPTER, base_folder, model_folder
 
-    if isinstance(source, str | Path):
-        return Checkpoint(Path(source))
-    raise SlothError(f"cannot export a {type(source).__name__}: give a folder or a model")
+    if not isinstance(source, str | Path):
+        live = LiveModel(source)
+        return Merged(live, live.changes, "the adapter")
+    folder = model_folder(Path(source))
+    if not (folder / ADAPTER).is_file():
+        if base is not None:
+            raise SlothError(f"{folder} is a whole model; a base ({base}) goes with an adapter")
+        return Checkpoint(folder)
+    adapter = Adapter(folder)
+    checkpoint = Checkpoint(base_folder(folder) if base is None else model_folder(Path(base)))
+    return Merged(checkpoint, adapter.changes(checkpoint), str(folder))
