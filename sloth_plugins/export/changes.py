@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -92,6 +93,14 @@ class Base(Protocol):
     config: Any
     name: str
     """For messages: the folder or the class."""
+    folder: Path | None
+    """Where it lies, if it does."""
+    quantization: dict[str, Any] | None
+    """The bitsandbytes configuration that the config had, if any."""
+    quantised: frozenset[str]
+    """The names that are stored in 4 or 8 bits."""
+    generation_config: Any
+    """Of a live model."""
 
     @property
     def tied(self) -> dict[str, str]:
@@ -113,6 +122,7 @@ class Merged:
     def __init__(self, base: Base, changes: Mapping[str, Change], adapter: str) -> None:
         self.base = base
         self.config = copy.deepcopy(base.config)
+        self.changed = bool(changes)
         self._changes = dict(changes)
         self._sources = {name: name for name in base.shapes()}
         unchanged = Change()

@@ -23,14 +23,16 @@ class Checkpoint:
     """A folder with config.json and safetensors weights, sharded or not; bitsandbytes weights are dequantised."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder: Path | None = folder
         self.name = str(folder)
+        self.generation_config: Any = None
         self.config = read_config(folder)
         self.quantization = take_quantization(self.config, folder)
         self._files = _weight_map(folder)
         headers = {file: _shapes(file) for file in dict.fromkeys(self._files.values())}
         self._stored = {name: headers[file][name] for name, file in self._files.items()}
         self._packed = {name: Packed.read(parts, self._raw) for name, parts in packed_names(self._stored).items()}
+        self.quantised = frozenset(self._packed)
 
     @property
     def files(self) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from .changes import Change, Delta
 from .checkpoint import take_quantization
 from .naming import checkpoint_names
 from .quantised import from_eight_bit, from_four_bit
+from .sources import cached
 
 Read = Callable[[], torch.Tensor]
+QUANTISED = ("Params4bit", "Int8Params")
 DORA = ("DoraLinearVariant", "DoraEmbeddingVariant")
 
 
@@ -24,6 +27,7 @@ class LiveModel:
     def __init__(self, model: Any) -> None:
         model = _unwrapped(model)
         self.name = type(model).__name__
+        self.folder = _folder(model)
         self.config = copy.deepcopy(model.config)
         self.quantization = take_quantization(self.config, self.name)
         self.config.architectures = [self.name]
@@ -33,6 +37,7 @@ class LiveModel:
         self._reads: dict[str, tuple[tuple[int, ...], Read]] = {}
         names = checkpoint_names(model)
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        quantised = set()
         seen: dict[int, str] = {}
         for own, tensor, read, change in _walk(model, ""):
             if own in ignored:
@@ -45,6 +50,8 @@ class LiveModel:
                 self.tied[name] = first
             else:
                 self._reads[name] = (_shape(tensor, name), read)
+                quantised |= {name} if type(tensor).__name__ in QUANTISED else set()
+        self.quantised = frozenset(quantised)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """As `Weights.shapes`."""
@@ -66,6 +73,15 @@ def _unwrapped(model: Any) -> Any:
             raise SlothError(f"cannot export a {type(model).__name__}: give a folder, or a transformers or PEFT model")
         model = inner
     return model
+
+
+def _folder(model: Any) -> Path | None:
+    """Where the model was loaded from, if it is there."""
+    name = getattr(model.config, "_name_or_path", "")
+    try:
+        return (Path(name) if Path(name).is_dir() else cached(name)) if name else None
+    except SlothError:
+        return None
 
 
 def _walk(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor, Read, Change | None]]:
@@ -181,14 +197,30 @@ def _reader(module: Any, tensor: Any, name: str) -> Read:
         return lambda: from_eight_bit(
             tensor.detach().cpu(), (module.state.SCB if tensor.SCB is None else tensor.SCB).detach().cpu()
         )
-    if kind not in ("Parameter", "Tensor", "Buffer", "Params4bit", "Int8Params", "DTensor"):
+    if kind not in ("Parameter", "Tensor", "Buffer", "DTensor", *QUANTISED):
         raise SlothError(f"{name} is a {kind}, which cannot be taken back to 16 bits; export the 16-bit base's folder")
     return lambda: tensor.detach().to("cpu", copy=True)
 
 
 def _on_cpu_four_bit(tensor: Any) -> torch.Tensor:
-    state = copy.copy(tensor.quant_state)
+    data, state = tensor.detach().cpu(), copy.copy(tensor.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        return from_four_bit(*_unpacked(data, state))
     if state.nested:
         state.state2 = copy.copy(state.state2)
     state.to("cpu")
-    return from_four_bit(tensor.detach().cpu(), state)
+    return from_four_bit(data, state)
+
+
+def _unpacked(data: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    """Out of the order that bitsandbytes gives a weight at its first inference on some CPUs.
+
+    It rounds the scales to bf16 then, for good. Its own way back leaves those of single quantisation in the other
+    order, and quantises the others anew.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state.original_nested = False
+    data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    state.absmax = state.absmax.T.reshape(-1).to(torch.float32)
+    return data, state

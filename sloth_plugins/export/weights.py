@@ -10,6 +10,8 @@ from ..errors import SlothError
 if TYPE_CHECKING:
     import torch
 
+    from .changes import Merged
+
 
 class Weights(Protocol):
     """A model's tensors under stock Hugging Face names, as `save_pretrained` writes them: merged and dequantised.
@@ -29,7 +31,7 @@ class Weights(Protocol):
         ...
 
 
-def open_weights(source: Any, base: str | Path | None = None) -> Weights:
+def open_weights(source: Any, base: str | Path | None = None) -> Merged:
     """The weights of `source`: a checkpoint's folder, a PEFT or Trainer output folder, or a live model.
 
     A folder without a model of its own stands for its newest `checkpoint-N`. Of a live model with several adapters, the
@@ -50,7 +52,7 @@ def open_weights(source: Any, base: str | Path | None = None) -> Weights:
     if not (folder / ADAPTER).is_file():
         if base is not None:
             raise SlothError(f"{folder} is a whole model; a base ({base}) goes with an adapter")
-        return Checkpoint(folder)
+        return Merged(Checkpoint(folder), {}, "")
     adapter = Adapter(folder)
     checkpoint = Checkpoint(base_folder(folder) if base is None else model_folder(Path(base)))
     return Merged(checkpoint, adapter.changes(checkpoint), str(folder))

@@ -21,7 +21,7 @@ def save_base(folder, *, dtype=torch.bfloat16, seed=0, shard="5GB", **config):
     torch.manual_seed(seed)
     values = {
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
