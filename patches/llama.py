@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sloth_plugins.registry import ArchitectureSpec, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, GgufFormat, hookimpl
 
 from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
@@ -18,4 +18,5 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         patches=(rms_norm(LLAMA, "Llama"), rope(LLAMA, "Llama"), glu(LLAMA, "Llama"), cross_entropy(LLAMA, "Llama")),
         layout=layout(LLAMA, "Llama"),
         tiny=TINY,
+        gguf=GgufFormat(architecture="llama", permuted=True),
     )

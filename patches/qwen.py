@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from sloth_plugins.registry import ArchitectureSpec, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, GgufFormat, hookimpl
 
-from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
+from .conventions import GGUF_WINDOW, TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 QWEN2, QWEN3, QWEN2_5_VL = modeling("qwen2"), modeling("qwen3"), modeling("qwen2_5_vl")
 WINDOW = {"sliding_window": "sliding_window"}
@@ -22,6 +22,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         patches=(rms_norm(QWEN2, "Qwen2"), rope(QWEN2, "Qwen2"), glu(QWEN2, "Qwen2"), cross_entropy(QWEN2, "Qwen2")),
         layout=layout(QWEN2, "Qwen2", **WINDOW),
         tiny=TINY,
+        gguf=GgufFormat(architecture="qwen2", metadata=GGUF_WINDOW),
     )
     yield ArchitectureSpec(
         name="qwen3",
@@ -35,6 +36,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         ),
         layout=layout(QWEN3, "Qwen3", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", **WINDOW),
         tiny={**TINY, "head_dim": 16},
+        gguf=GgufFormat(architecture="qwen3", metadata=GGUF_WINDOW),
     )
     yield ArchitectureSpec(
         name="qwen2_5_vl",
