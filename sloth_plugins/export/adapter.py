@@ -20,6 +20,9 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(weight|bias))?")
+# With a resized vocabulary PEFT saves embeddings by their own names and again by those of its wrappers.
+COPIES = re.compile(r"\.(modules_to_save|original_module)\.")
+WRAPPERS = re.compile(r"(\.token_adapter)?\.base_layer\.")
 TOKENS = ".token_adapter.trainable_tokens_delta"
 
 # Fields of LoraConfig that say how it was trained, or that are read below. Any other one that is set is a variant whose
@@ -57,8 +60,8 @@ class Adapter:
             elif key.endswith(TOKENS):
                 module = key.removesuffix(TOKENS)
                 _at(found, f"{module}.weight").rows.append((self._tokens(module), tensor))
-            else:
-                _at(found, key.replace(".base_layer.", ".")).value = tensor
+            elif not COPIES.search(key):
+                _at(found, WRAPPERS.sub(".", key)).value = tensor
         shapes = base.shapes()
         names = self._names(base, [*found, *(f"{module}.weight" for module in lora)])
         found = {names.get(name, name): change for name, change in found.items()}

@@ -34,13 +34,17 @@ class Delta:
         """The shape of the weight that it is for."""
         return (self.left.shape[0], self.right.shape[1])
 
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` (fp32, changed in place where it can be) with this term."""
-        weight.addmm_(_fp32(self.left), _fp32(self.right), alpha=self.scaling)
+    def added_to(self, weight: torch.Tensor, unmerged: torch.Tensor) -> torch.Tensor:
+        """`weight` (fp32, changed in place) with this term; DoRA takes the norm of the `unmerged` weight with it."""
         if self.magnitude is None:
-            return weight
-        norm = torch.linalg.vector_norm(weight, dim=self.norm_dim, keepdim=True)
+            return weight.addmm_(*self._factors(), alpha=self.scaling)
+        alone = torch.addmm(unmerged, *self._factors(), alpha=self.scaling)
+        norm = torch.linalg.vector_norm(alone, dim=self.norm_dim, keepdim=True)
+        weight.addmm_(*self._factors(), alpha=self.scaling)
         return weight.mul_(_fp32(self.magnitude).reshape(norm.shape) / norm)
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return _fp32(self.left), _fp32(self.right)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,12 +63,11 @@ class Change:
         """The changed tensor in fp32; `weight` is the caller's to give away."""
         with _exactly():
             result = _fp32(weight)
-            if any(delta.magnitude is not None for delta in self.deltas) and len(self.deltas) > 1:
-                # As PEFT's forward: each adapter adds to the unmerged weight, whose norm DoRA takes.
-                result = result + sum(delta.added_to(result.clone()) - result for delta in self.deltas)
-            else:
-                for delta in self.deltas:
-                    result = delta.added_to(result)
+            # As PEFT's forward has it: DoRA scales what the adapters before it have made.
+            several = len(self.deltas) > 1 and any(delta.magnitude is not None for delta in self.deltas)
+            unmerged = result.clone() if several else result
+            for delta in self.deltas:
+                result = delta.added_to(result, unmerged)
             for indices, values in self.rows:
                 result[torch.tensor(indices)] = _fp32(values)
             for scale, term in self.terms:
@@ -177,10 +180,15 @@ class Merged:
         if not resized:
             return
         vocabulary = [name for name in embeddings(self.config) if name in self._shapes]
-        rows = {self._shapes[name][0] for name in vocabulary}
-        if not resized.keys() <= set(vocabulary) or len(rows) > 1:
-            name, shape = next(iter(resized.items()))
+        name, shape = next(iter(resized.items()))
+        if not resized.keys() <= set(vocabulary):
             raise SlothError(_mismatch(adapter, name, shape, self.base.name, before[self._sources[name]]))
+        rows = {self._shapes[name][0] for name in vocabulary}
+        if len(rows) > 1:
+            raise SlothError(
+                f"{adapter} holds {name} with {shape[0]} rows, and not the other weight of the vocabulary, which has "
+                f"{min(rows - {shape[0]})} in {self.base.name}; export the live model"
+            )
         self.config.get_text_config().vocab_size = rows.pop()
 
 

@@ -68,3 +68,17 @@ def logits(model, length=17):
     ids = torch.randint(0, 100, (2, length), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         return model(input_ids=ids).logits.double()
+
+
+def tokenizer():
+    """A word-level tokenizer with a chat template."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "hello": 2, "world": 3}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    made.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return made
