@@ -6,8 +6,9 @@ rendering, and kept only if they put together what the template renders, on ever
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Message = dict[str, str]
@@ -135,17 +136,12 @@ def _cut(text: str, marks: Sequence[str]) -> list[str]:
 
 def _without_system(tokenizer: Any) -> ChatFormat:
     """User, assistant and generation; `start` still holds what a default system message writes."""
-    one, two = list(conversations(system=False))[:2]
-    asked = _cut(render(tokenizer, one), MARKS[USER][:1])
-    unprompted = _cut(render(tokenizer, one, generation=False), MARKS[USER][:1])
-    after_user = unprompted[1]
-    if not asked[1].startswith(after_user):
-        raise Unexpressible("the chat template ends a question otherwise when an answer is to follow")
-    answered = _cut(render(tokenizer, two[:2], generation=False), [MARKS[USER][0], MARKS[ASSISTANT][0]])
-    start, between, again, _ = _cut(render(tokenizer, two), [MARKS[USER][0], MARKS[ASSISTANT][0], MARKS[USER][1]])
-    after_assistant = answered[2]
-    if not (between.startswith(after_user) and again.startswith(after_assistant)):
-        raise Unexpressible("the chat template ends a message by what follows it")
+    two = list(conversations(system=False))[1]
+    marks = [MARKS[USER][0], MARKS[ASSISTANT][0], MARKS[USER][1]]
+    start, between, again, end = _cut(render(tokenizer, two), marks)
+    answered = _cut(render(tokenizer, two[:2], generation=False), marks[:2])[2]
+    after_user = _common(tokenizer, between, end)
+    after_assistant = _common(tokenizer, again, answered)
     before_user = again[len(after_assistant) :]
     if not start.endswith(before_user):
         raise Unexpressible("the chat template begins the first question otherwise than the next ones")
@@ -153,14 +149,23 @@ def _without_system(tokenizer: Any) -> ChatFormat:
         start=start[: len(start) - len(before_user)],
         user=Around(before_user, after_user),
         assistant=Around(between[len(after_user) :], after_assistant),
-        generation=asked[1][len(after_user) :],
+        generation=end[len(after_user) :],
     )
+
+
+def _common(tokenizer: Any, left: str, right: str) -> str:
+    """What both begin with, no special token cut in two."""
+    length = len(os.path.commonprefix([left, right]))
+    for token in tokenizer.added_tokens_decoder.values():
+        for text in (left, right):
+            at = text.find(token.content, max(0, length - len(token.content) + 1))
+            if 0 <= at < length < at + len(token.content):
+                length = at
+    return left[:length]
 
 
 def _with_system(tokenizer: Any, bare: ChatFormat) -> ChatFormat:
     """`bare` with where and how a system message is written; as it was where the template takes none."""
-    from dataclasses import replace
-
     one, two = list(conversations(system=True))[:2]
     mark, user = MARKS[SYSTEM][0], bare.user.before
     try:
@@ -180,8 +185,6 @@ def _with_system(tokenizer: Any, bare: ChatFormat) -> ChatFormat:
 
 def _in_place(tokenizer: Any, bare: ChatFormat, head: str, after: str) -> ChatFormat:
     """A system message of its own. What stands before the first question without one is a default, or nothing."""
-    from dataclasses import replace
-
     empty = _bos(tokenizer)
     start = empty if head.startswith(empty) and bare.start.startswith(empty) else ""
     before, default = head[len(start) :], bare.start[len(start) :]

@@ -67,7 +67,7 @@ def read_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - upstream reads and validates configs with many kinds of exception
         raise SlothError(f"{folder / 'config.json'} cannot be read: {line(error)}") from None
 
 
@@ -93,9 +93,9 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     if not (folder / INDEX).is_file():
         raise SlothError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be read")
     try:
-        names: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SlothError(f"{folder / INDEX} is damaged: {line(error)}; download it again") from None
+        names: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SlothError(f"{folder / INDEX} cannot be read: {line(error)}; download it again") from None
     missing = sorted({file for file in names.values() if not (folder / file).is_file()})
     if missing:
         raise SlothError(f"{folder} lacks {', '.join(missing)} of its index; the download was not finished")
@@ -119,10 +119,18 @@ def opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        file.open("rb").close()  # whose errors say why, where safetensors' say that there is no such file
         with safe_open(file, framework="pt", device="cpu") as shard:
             yield shard
+    except OSError as error:
+        raise cannot_read(file, error) from None
     except SafetensorError as error:
         raise SlothError(f"{file} is damaged or was not downloaded whole ({line(error)}); fetch it again") from None
+
+
+def cannot_read(path: Path, error: OSError) -> SlothError:
+    """The operating system's refusal, in one line."""
+    return SlothError(f"cannot read {path}: {error.strerror or line(error)}")
 
 
 def line(error: BaseException) -> str:

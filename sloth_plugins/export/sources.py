@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import SlothError, nearest
-from .checkpoint import INDEX, SINGLE
+from .checkpoint import INDEX, SINGLE, cannot_read
 
 ADAPTER = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -15,7 +15,17 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder itself where it holds an adapter or a model, else its newest `checkpoint-N` that does."""
+    """The folder itself where it holds an adapter or a model, else its newest `checkpoint-N` that does.
+
+    Raises SlothError where there is none, or where it may not be read.
+    """
+    try:
+        return _model_folder(folder)
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+
+
+def _model_folder(folder: Path) -> Path:
     if not folder.is_dir():
         siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise SlothError(f"{folder} is no folder{nearest(folder.name, siblings)}")

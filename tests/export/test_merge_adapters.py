@@ -208,5 +208,5 @@ def test_another_quantisation_is_refused_with_the_way_out(bases, tmp_path):
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SlothError, match="is quantised by gptq; .*name the 16-bit model as the base"):
+    with pytest.raises(SlothError, match=r"is quantised by gptq; .*name the 16-bit model as the base"):
         open_weights(tmp_path / "base")
