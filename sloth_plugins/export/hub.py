@@ -110,7 +110,8 @@ def _one_line(repo: str, token: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - refusals, timeouts, broken connections: each has a kind of its own
-        cause = error.__cause__ or error
+        # "Error while uploading" alone does not say why.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         reason = " ".join((str(cause) or type(cause).__name__).split())
         reason = reason.replace(token, "***") if token else reason
         raise SlothError(
