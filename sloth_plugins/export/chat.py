@@ -6,9 +6,9 @@ rendering, and kept only if they put together what the template renders, on ever
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 Message = dict[str, str]
@@ -90,6 +90,20 @@ def read_format(tokenizer: Any) -> ChatFormat:
     return found
 
 
+def unlike_ollama(tokenizer: Any, found: ChatFormat) -> list[str]:
+    """What a chat template does to a message, which Ollama takes as it is; a line each."""
+    notes = []
+    if found.system is None:
+        notes.append("the chat template takes no system message, so the Modelfile's leaves it out")
+    question = {"role": USER, "content": f" {MARKS[USER][0]} "}
+    if question["content"] not in render(tokenizer, [question]):
+        notes.append("the chat template strips spaces around messages, which Ollama's does not")
+    answer = {"role": ASSISTANT, "content": f"<think>{MARKS[ASSISTANT][1]}</think>{MARKS[ASSISTANT][0]}"}
+    if MARKS[ASSISTANT][1] not in render(tokenizer, [question, answer, question]):
+        notes.append("the chat template drops the thoughts of earlier answers, which Ollama's does not")
+    return notes
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """The special token that the chat template writes after an answer, where there is one."""
     try:
@@ -112,7 +126,8 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = Tr
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
     except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise Unexpressible(f"the chat template refuses {[m['role'] for m in messages]}: {error}") from None
+        roles = ", ".join(message["role"] for message in messages)
+        raise Unexpressible(f"the chat template refuses {roles}: {' '.join(str(error).split())}") from None
 
 
 def _must_agree(tokenizer: Any, found: ChatFormat, messages: Sequence[Message]) -> None:
@@ -140,7 +155,8 @@ def _without_system(tokenizer: Any) -> ChatFormat:
     marks = [MARKS[USER][0], MARKS[ASSISTANT][0], MARKS[USER][1]]
     start, between, again, end = _cut(render(tokenizer, two), marks)
     answered = _cut(render(tokenizer, two[:2], generation=False), marks[:2])[2]
-    after_user = _common(tokenizer, between, end)
+    asked = _cut(render(tokenizer, two[:1], generation=False), marks[:1])[1]
+    after_user = _common(tokenizer, _common(tokenizer, between, end), asked)
     after_assistant = _common(tokenizer, again, answered)
     before_user = again[len(after_assistant) :]
     if not start.endswith(before_user):
@@ -155,7 +171,7 @@ def _without_system(tokenizer: Any) -> ChatFormat:
 
 def _common(tokenizer: Any, left: str, right: str) -> str:
     """What both begin with, no special token cut in two."""
-    length = len(os.path.commonprefix([left, right]))
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
     for token in tokenizer.added_tokens_decoder.values():
         for text in (left, right):
             at = text.find(token.content, max(0, length - len(token.content) + 1))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .chat import USER, Around, ChatFormat, Unexpressible, read_format, render, turn_end
+from .chat import Around, ChatFormat, Unexpressible, read_format, turn_end, unlike_ollama
 from .sources import ADAPTER, base_folder, model_folder
 
 MODELFILE = "Modelfile"
@@ -43,21 +43,13 @@ def write_modelfile(
 
 def modelfile(model: str, tokenizer: Any, add_bos: bool, generation: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The Modelfile's text and its notes."""
-    lines, notes = [f"FROM ./{model}"], []
     try:
         chat = read_format(tokenizer)
-        lines.append(f"TEMPLATE {_quoted(go_template(chat, _bos(tokenizer) if add_bos else ''))}")
-        if chat.default_system:
-            lines.append(f"SYSTEM {_quoted(chat.default_system)}")
-        if chat.system is None:
-            notes.append("the chat template takes no system message, so the Modelfile's leaves it out")
-        if "x" in render(tokenizer, padded := [{"role": USER, "content": " x "}]) and " x " not in render(
-            tokenizer, padded
-        ):
-            notes.append("the chat template strips spaces around messages, which Ollama's does not")
+        template = f"TEMPLATE {_quoted(go_template(chat, _bos(tokenizer) if add_bos else ''))}"
+        system = [f"SYSTEM {_quoted(chat.default_system)}"] if chat.default_system else []
+        lines, notes = [f"FROM ./{model}", template, *system], unlike_ollama(tokenizer, chat)
     except Unexpressible as reason:
-        notes.append(f"no TEMPLATE in the Modelfile: {reason}")
-        lines.append(f"# No TEMPLATE: {reason}.")
+        lines, notes = [f"FROM ./{model}", f"# No TEMPLATE: {reason}."], [f"no TEMPLATE in the Modelfile: {reason}"]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops(tokenizer)]
     for key, name in PARAMETERS.items():
         value = generation.get(key)

@@ -1,7 +1,7 @@
 """Fetch llama.cpp for the tests, pinned and checked: `python fetch_llama_cpp.py`, once; nothing is built.
 
-The libraries come from an npm package that ships them built for every kind of CPU; the converter, with real vocabularies
-to try, from the source distribution of llama-cpp-python. Both lie under build/, which git ignores.
+The libraries come from an npm package that ships them built for every kind of CPU; the converter, and real vocabularies
+to try, from the source distribution of llama-cpp-python. Both go to build/, which git ignores.
 """
 
 import base64

@@ -1,8 +1,8 @@
 """llama.cpp itself, by ctypes: load a file, tokenize, logits of every position, quantize.
 
 The structs of llama.h change between its releases, so parameters are opaque and larger than any of them: on x86-64 they
-are passed in memory, and the callee reads only as much as it knows. The few leading fields that are set here are checked
-against their known defaults.
+are passed in memory, and the callee reads only as much as it knows. The few leading fields that are set here are
+checked against their known defaults.
 """
 
 import ctypes
@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pytest
 from fetch_llama_cpp import LIBRARIES, NPM_VERSION
 
 c_int, c_void = ctypes.c_int32, ctypes.c_void_p
@@ -52,6 +51,8 @@ def require() -> None:
     """Skip a test where llama.cpp was not fetched; in CI that is a failure."""
     if (LIBRARIES / NPM_VERSION).is_file():
         return
+    import pytest
+
     if os.environ.get("CI"):
         pytest.fail("llama.cpp is not here; `make llama` fetches it, and CI must have it", pytrace=False)
     pytest.skip("llama.cpp is not here; `make llama` fetches it")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import SlothError
-from .pre_tokenizers import name_of, steps_of
+from .pre_tokenizers import ONLY_ASCII_HAS_CASE, name_of, steps_of
 from .vocabulary import TokenType, Vocabulary
 
 SAME = (None, "NFC")
@@ -28,6 +28,8 @@ def read(core: Mapping[str, Any], pre_tokenizer: str | None = None) -> Vocabular
     vocabulary = Vocabulary("gpt2", pre=pre_tokenizer or name_of(steps, ignore_merges))
     if normalizer is not None:
         vocabulary.notes.append(f"llama.cpp does not bring text into {normalizer} form; give it text that is")
+    if vocabulary.pre in ONLY_ASCII_HAS_CASE:
+        vocabulary.notes.append("llama.cpp splits words before A to Z only, this tokenizer before all capitals")
     for text, id in model["vocab"].items():
         vocabulary.put(id, text, TokenType.NORMAL)
     merges = model["merges"]

@@ -136,7 +136,7 @@ def _write_all(source: Source, files: dict[str, Path]) -> bool:
         ) as path:
             write(source, path, method)
             if checked is None:
-                checked = check_tokens(path, source.tokenizer, PROBE)
+                checked = check_tokens(path, source.tokenizer, PROBE, source.tokens.before_probe)
             for other in made if method == base else ():
                 with _beside(files[other]) as target:
                     quantize(path, target, other)

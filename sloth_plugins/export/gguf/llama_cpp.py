@@ -87,15 +87,19 @@ def _command(program: str, task: str) -> list[str] | None:
     return None if found is None else [found]
 
 
-def check_tokens(model: Path, tokenizer: Any, lines: tuple[str, ...]) -> bool:
-    """Whether llama.cpp was here to compare with. Raises SlothError naming the first line that it splits otherwise."""
-    text = "\n".join(lines)
+def check_tokens(model: Path, tokenizer: Any, lines: tuple[str, ...], after: str = "") -> bool:
+    """Whether llama.cpp was here to compare with. Raises SlothError naming where it splits the lines otherwise.
+
+    `after` is a special token that comes first, for a tokenizer that begins a text otherwise where there is none.
+    """
+    text = after + "\n".join(lines)
     found = tokenize(model, text)
     if found is None:
         return False
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     if found != expected:
-        at = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+        pairs = enumerate(zip(found, expected, strict=False))
+        at = next((n for n, (left, right) in pairs if left != right), min(len(found), len(expected)))
         near = tokenizer.decode(expected[max(0, at - 3) : at + 5])
         raise SlothError(
             f"llama.cpp tokenizes otherwise than this tokenizer near {near!r}: {found[at : at + 5]} where it has "

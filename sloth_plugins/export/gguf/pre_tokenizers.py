@@ -39,6 +39,9 @@ KNOWN: Mapping[tuple[Steps, bool], str] = {
     ((GPT4O,), False): "gpt-4o",
 }
 
+# llama.cpp writes these expressions with a-z and A-Z.
+ONLY_ASCII_HAS_CASE = ("tekken", "gpt-4o")
+
 
 def steps_of(pre_tokenizer: Mapping[str, Any]) -> Steps:
     """The steps of a tokenizer.json's pre-tokenizer. Raises SlothError for one that llama.cpp has in no form."""

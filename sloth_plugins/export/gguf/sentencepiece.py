@@ -1,4 +1,4 @@
-"""SentencePiece in a tokenizer.json: BPE with byte fallback becomes scores, Unigram keeps its log-probabilities."""
+"""SentencePiece's BPE in a tokenizer.json: merges with byte fallback become scores."""
 
 from __future__ import annotations
 
@@ -15,30 +15,25 @@ PREFIXES = {"always": True, "never": False}
 
 def read(core: Mapping[str, Any], *, has_chat_template: bool) -> Vocabulary:
     """The vocabulary of a tokenizer.json made from SentencePiece. Raises SlothError for what llama.cpp cannot do."""
-    model = core["model"]
-    prefix, splits = _prefix(core)
-    if model["type"] == "Unigram":
-        vocabulary = _unigram(model)
-    else:
-        vocabulary = _bpe(model, {token["content"] for token in core["added_tokens"]}, splits)
+    prefix, metaspace = _prefix(core)
+    splits = metaspace is not None and metaspace.get("split", True)
+    vocabulary = _bpe(core["model"], {token["content"] for token in core["added_tokens"]}, splits)
     if prefix == "first":
         # Only at the very start, and llama.cpp knows after every special token or never. A chat starts with one.
         vocabulary.notes.append(
             "llama.cpp puts a space "
-            + (
-                "before no text, even one that follows no special token"
-                if has_chat_template
-                else "after special tokens"
-            )
-            + ", where this tokenizer puts one only at the start"
+            + ("before no text" if has_chat_template else "before texts after special tokens too")
+            + ", where this tokenizer puts one at the start of a text that does not start with a special token"
         )
     vocabulary.add_space_prefix = PREFIXES.get(prefix, not has_chat_template)
+    if metaspace is not None and vocabulary.add_space_prefix:
+        vocabulary.notes.append("llama.cpp puts another space before a text that starts with one")
     return vocabulary
 
 
-def _prefix(core: Mapping[str, Any]) -> tuple[str, bool]:
-    """When a text gets a space before it (always, first, never), and whether words are merged apart from each other."""
-    prefix, splits, escapes = "never", False, False
+def _prefix(core: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
+    """When a text gets a space before it (always, first, never), and the Metaspace step, if that is what puts it."""
+    prefix, metaspace, escapes = "never", None, False
     for part in _parts(core.get("normalizer"), "normalizers"):
         if part["type"] == "Prepend" and part["prepend"] == SPACE:
             prefix = "always"
@@ -48,28 +43,18 @@ def _prefix(core: Mapping[str, Any]) -> tuple[str, bool]:
             raise SlothError(f"llama.cpp's SentencePiece does not normalise text; this tokenizer does: {part}")
     for part in _parts(core.get("pre_tokenizer"), "pretokenizers"):
         if part["type"] == "Metaspace" and part["replacement"] == SPACE:
-            prefix, splits, escapes = part["prepend_scheme"], part.get("split", True), True
+            prefix, metaspace, escapes = part["prepend_scheme"], part, True
         elif not (escapes and part["type"] == "Split" and part["pattern"] == {"String": " "}):
             raise SlothError(f"llama.cpp's SentencePiece does not split text; this tokenizer does: {part}")
     if not escapes:
         raise SlothError(f"this tokenizer does not write spaces as {SPACE!r}, as llama.cpp's SentencePiece does")
-    return prefix, splits
+    return prefix, metaspace
 
 
 def _parts(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     if step is None:
         return []
     return list(step[key]) if step["type"] == "Sequence" else [step]
-
-
-def _unigram(model: Mapping[str, Any]) -> Vocabulary:
-    if model.get("byte_fallback"):
-        raise SlothError("llama.cpp's Unigram has no byte fallback, as this tokenizer does")
-    unknown = model["unk_id"]
-    vocabulary = Vocabulary("t5", unknown=None if unknown is None else model["vocab"][unknown][0])
-    for id, (text, score) in enumerate(model["vocab"]):
-        vocabulary.put(id, text, TokenType.UNKNOWN if id == unknown else TokenType.NORMAL, float(score))
-    return vocabulary
 
 
 def _bpe(model: Mapping[str, Any], added: set[str], splits: bool) -> Vocabulary:

@@ -29,6 +29,8 @@ class Tokens:
     name: str | None = None
     """Must be part of `general.name`, since llama.cpp acts upon it."""
     notes: list[str] = field(default_factory=list)
+    before_probe: str = ""
+    """A special token after which llama.cpp begins a text as the tokenizer does."""
 
 
 def read_tokens(tokenizer: Any, rows: int, config: Any = None, pre_tokenizer: str | None = None) -> Tokens:
@@ -44,10 +46,10 @@ def read_tokens(tokenizer: Any, rows: int, config: Any = None, pre_tokenizer: st
     kind = core["model"]["type"]
     if is_byte_level(core):
         vocabulary = byte_level.read(core, pre_tokenizer)
-    elif kind in ("BPE", "Unigram"):
+    elif kind == "BPE":
         vocabulary = sentencepiece.read(core, has_chat_template=bool(getattr(tokenizer, "chat_template", None)))
     else:
-        raise SlothError(f"llama.cpp has no {kind} tokenizer; it has byte-level BPE and SentencePiece")
+        raise SlothError(f"{kind} tokenizers are not exported; byte-level BPE is, and the BPE of SentencePiece")
     vocabulary.unknown = vocabulary.unknown or getattr(tokenizer, "unk_token", None)
     add_tokens(vocabulary, core["added_tokens"])
     vocabulary.fill(rows)
@@ -55,6 +57,7 @@ def read_tokens(tokenizer: Any, rows: int, config: Any = None, pre_tokenizer: st
     tokens = Tokens(vocabulary, _special(tokenizer, config, len(vocabulary.types)), before, after)
     _describe_stripping(tokens, core["added_tokens"])
     tokens.notes += vocabulary.notes
+    tokens.before_probe = (tokenizer.bos_token or "") if vocabulary.add_space_prefix is False else ""
     return tokens
 
 

@@ -21,7 +21,7 @@ class TokenType(IntEnum):
 
 @dataclass(slots=True)
 class Vocabulary:
-    """Tokens by id. `model` is `tokenizer.ggml.model`: gpt2 (merges), llama (scores) or t5 (log-probabilities)."""
+    """Tokens by id. `model` is `tokenizer.ggml.model`: gpt2, with merges, or llama, with scores."""
 
     model: str
     texts: list[str | None] = field(default_factory=list)
