@@ -32,7 +32,7 @@ def write_modelfile(
     cannot express gives a Modelfile without TEMPLATE, and a line that says so.
     """
     text, notes = modelfile(model.name, tokenizer, add_bos, generation or {})
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.partial")
     try:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from ...errors import SlothError
 from ..ollama import MODELFILE, generation_of, write_modelfile
 from ..sources import tokenizer_folder
 from ..weights import open_weights
+from ..writing import FULL, check_space
 from .llama_cpp import check_tokens, quantize, require_quantizer
 from .methods import MADE, WRITTEN, base_method, parse_methods
 from .probe import PROBE
@@ -57,13 +57,13 @@ def export(
     for method in wanted:
         if method in MADE:
             require_quantizer(method)
-    if tokenizer is None:
-        tokenizer = _tokenizer_of(source, base)
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        tokenizer = _load_tokenizer(tokenizer or _tokenizer_folder(source, base))
     name = name or (Path(source) if isinstance(source, str | Path) else out).resolve().name
     described = read_source(open_weights(source, base), tokenizer, name, pre_tokenizer)
     with _one_line(out):
+        check_space(out, _bytes_needed(described, wanted))
         out.mkdir(parents=True, exist_ok=True)
-        _require_space(out, described, wanted)
         checked = _write_all(described, files)
         result = Exported(list(files.values()), notes=described.notes)
         if modelfile:
@@ -100,28 +100,28 @@ def _refuse_existing(paths: Iterable[Path], force: bool) -> None:
         raise SlothError(f"{', '.join(there)} exists already; name another folder, or add --force (force=True)")
 
 
-def _tokenizer_of(source: Any, base: str | Path | None) -> Any:
-    from transformers import AutoTokenizer
-
+def _tokenizer_folder(source: Any, base: str | Path | None) -> Path:
     folder = tokenizer_folder(source, base) if isinstance(source, str | Path) else None
     if folder is None:
         raise SlothError("no tokenizer was found; a GGUF file holds one: give tokenizer=, or save it beside the model")
+    return folder
+
+
+def _load_tokenizer(folder: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 - a tokenizer's files may be damaged in any way
         raise SlothError(f"the tokenizer in {folder} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
-def _require_space(out: Path, source: Source, methods: list[str]) -> None:
-    """K-quants are counted as half of the file that they are made of, which is at least what the usual ones take."""
+def _bytes_needed(source: Source, methods: list[str]) -> int:
+    """K-quants are counted as half of the file that they are made of, which is more than the usual ones take."""
     base = base_method(source.weights.config, methods)
-    need = sum(source.bytes(method) for method in methods if method in WRITTEN)
     made = sum(method in MADE for method in methods)
-    need += made * source.bytes(base) // 2
-    need += source.bytes(base) if made and base not in methods else 0
-    free = shutil.disk_usage(out).free
-    if free < need:
-        raise SlothError(f"{out} has {free / 1e9:.1f} GB free, and {', '.join(methods)} take {need / 1e9:.1f} GB")
+    need = sum(source.bytes(method) for method in methods if method in WRITTEN) + made * source.bytes(base) // 2
+    return need + (source.bytes(base) if made and base not in methods else 0)
 
 
 def _write_all(source: Source, files: dict[str, Path]) -> bool:
@@ -146,7 +146,7 @@ def _write_all(source: Source, files: dict[str, Path]) -> bool:
 @contextmanager
 def _beside(final: Path, *, keep: bool = True) -> Iterator[Path]:
     """A path beside `final` that becomes it when all went well, and is removed otherwise."""
-    path = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    path = final.with_name(f".{final.name}.partial")
     try:
         yield path
         if keep:
@@ -160,4 +160,7 @@ def _one_line(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SlothError(f"cannot write to {out}: {error.strerror or error}; nothing half-written is left") from None
+        # numpy says how much it could write, and not why that was less.
+        full = error.errno in FULL or "requested and" in str(error)
+        reason = "the disk is full" if full else error.strerror or error
+        raise SlothError(f"cannot write {out}: {reason}; nothing half-written is left") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 
 
 def gguf_names(names: Iterable[str], form: GgufFormat, layers: int) -> dict[str, str]:
-    """GGUF's name for each of a checkpoint's, in its order. Raises SlothError for names that llama.cpp has not."""
+    """GGUF's name for each of a checkpoint's, layer by layer. Raises SlothError for names that llama.cpp has not."""
     import gguf
 
     by_name = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
@@ -40,7 +41,11 @@ def gguf_names(names: Iterable[str], form: GgufFormat, layers: int) -> dict[str,
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise SlothError(f"llama.cpp's {form.architecture} has no tensor for {unknown[0]!r}{more}")
-    return found
+    return dict(sorted(found.items(), key=lambda item: _natural(item[1])))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def type_of(name: str, shape: tuple[int, ...], wanted: str) -> str:
