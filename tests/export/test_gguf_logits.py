@@ -1,14 +1,19 @@
 """llama.cpp computes what transformers does: every family, every type of file, long contexts."""
 
+import dataclasses
+
 import gguf_tiny as tiny
 import llama_runtime
 import numpy as np
 import pytest
 import torch
 from llama_programs import install_programs, on_path
+from paths import EXAMPLE
 
+from sloth_plugins.discovery import Plugins
 from sloth_plugins.errors import SlothError
-from sloth_plugins.export.gguf import export
+from sloth_plugins.export.gguf import export, metadata
+from sloth_plugins.registry import GgufFormat
 
 BOUNDS = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4, "q8_0": 2e-3, "q4_k_m": 1e-1}
 # Each family with the pre-tokenizer that it, or a relative, has.
@@ -146,6 +151,17 @@ def test_longrope_in_short_and_long_contexts(length, context, tmp_path):
     changes = {"rope_parameters": values, "original_max_position_embeddings": 256}
     model = tiny.tiny_model("phi3", **changes)
     assert compare(model, tmp_path, length, context) < 1e-5
+
+
+def test_a_plugins_architecture_needs_one_line_of_data(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
+    import sloth_olmo
+
+    known = Plugins(load_entry_points=False)
+    spec = next(iter(sloth_olmo.sloth_architectures()))
+    known.architectures["olmo2"] = dataclasses.replace(spec, gguf=GgufFormat(architecture="olmo2"))
+    monkeypatch.setattr(metadata, "plugins", lambda: known)
+    assert compare(tiny.tiny_model("olmo2"), tmp_path, 100) < 1e-5
 
 
 @pytest.mark.parametrize(
