@@ -219,7 +219,9 @@ class TestSources:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=900))
-        with pytest.raises(SlothError, match=r"no GGUF for model_type 'gpt2'.*known: llama, mistral.*qwen3.*gemma2.*phi3"):
+        with pytest.raises(
+            SlothError, match=r"no GGUF for model_type 'gpt2'.*known: llama, mistral.*qwen3.*gemma2.*phi3"
+        ):
             export(model, tmp_path, tokenizer, "f16")
 
 
@@ -257,7 +259,7 @@ class TestQuantized:
         assert made.files[0].read_bytes() == by_program.read_bytes()
 
     def test_without_llama_cpp_nothing_is_begun(self, folder, tokenizer, tmp_path):
-        with pytest.raises(SlothError, match="q4_k_m is made by llama.cpp, which is not here: pip install llama-cpp"):
+        with pytest.raises(SlothError, match=r"q4_k_m is made by llama\.cpp, which is not here: pip install llama-cpp"):
             export(folder, tmp_path / "out", tokenizer, ["f16", "q4_k_m"])
         assert not (tmp_path / "out").exists()
 
@@ -290,13 +292,13 @@ class TestTokensAreCompared:
     def test_a_difference_ends_the_export(self, folder, tmp_path, programs):
         out = tmp_path / "out"
         # Digits one by one, and not in threes.
-        with pytest.raises(SlothError, match="llama.cpp tokenizes otherwise than this tokenizer near '.*2"):
+        with pytest.raises(SlothError, match=r"llama\.cpp tokenizes otherwise than this tokenizer near '.*2"):
             export(folder, out, tiny.byte_level("llama-bpe"), "f16", pre_tokenizer="tekken")
         assert left_in(out) == []
 
     def test_a_file_that_it_cannot_read(self, folder, tokenizer, tmp_path, programs):
         script(programs / "llama-tokenize", "echo 'error: what is this' >&2; exit 1")
-        with pytest.raises(SlothError, match="llama.cpp cannot read the file that was written: error: what is this"):
+        with pytest.raises(SlothError, match=r"llama\.cpp cannot read the file that was written: error: what is this"):
             export(folder, tmp_path / "out", tokenizer, "f16")
         assert left_in(tmp_path / "out") == []
 
@@ -337,7 +339,7 @@ class TestWhatIsThere:
 
     def test_a_place_where_nothing_can_be_written(self, folder, tokenizer, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(SlothError, match="cannot write .*file/out: Not a directory"):
+        with pytest.raises(SlothError, match=r"cannot write .*file/out: Not a directory"):
             export(folder, tmp_path / "file" / "out", tokenizer, "f16")
 
     def test_without_gguf(self, folder, tokenizer, tmp_path, monkeypatch):
