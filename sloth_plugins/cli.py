@@ -139,10 +139,10 @@ def main() -> None:
 
 def _usage_text(message: str) -> str:
     """A mistake in the arguments, in one line, with the nearest command."""
+    message = message.partition(" Did you mean")[0]  # of all commands, ours knows those of `export` too
     commands = [*app.registered_commands, *export.registered_commands]
     names = ["export", *(command.name or command.callback.__name__ for command in commands if command.callback)]
     words = message.split("'")
-    unknown = message.startswith("No such command") and len(words) > 1 and "Did you mean" not in message
-    hint = nearest(words[1], names) if unknown else ""
+    hint = nearest(words[1], names) if message.startswith("No such command") and len(words) > 1 else ""
     script = " (a script to run ends in .py)" if message.startswith("No such command") else ""
     return f"{' '.join(message.split()).rstrip('.')}{hint}{script}; `sloth-plugins --help` shows what there is"

@@ -34,8 +34,8 @@ class Rounded:
         if not tensor.is_floating_point():
             return {name: tensor}
         rounded = tensor.to(self.dtype).contiguous()
-        if not bool(torch.isfinite(rounded).all()):
-            whole = bool(torch.isfinite(tensor).all())
+        if not _is_finite(rounded):
+            whole = _is_finite(tensor)
             raise SlothError(
                 f"{name} has values beyond {self.dtype}; choose dtype bfloat16"
                 if whole
@@ -92,6 +92,11 @@ def dtype_of(name: str | torch.dtype | None, config: Any) -> torch.dtype:
     if name not in DTYPES:
         raise SlothError(f"dtype {name!r} is not known{nearest(name, DTYPES)}; there are {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: an extreme is, where any value is, and takes no second tensor to find."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
 def _linear_weights(config: Any, *, head: bool = False) -> frozenset[str]:
