@@ -97,8 +97,9 @@ def _unpack(data: bytes, target: Path, prefix: str, parts: tuple[str, ...], mark
             for member in archive:
                 name = member.name.removeprefix(prefix)
                 if name != member.name and name.startswith(parts) and member.isfile():
-                    member.name = name
-                    archive.extract(member, beside, filter="data")
+                    path = Path(beside) / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(archive.extractfile(member).read())
         (Path(beside) / mark).touch()
         shutil.copytree(beside, target)
 

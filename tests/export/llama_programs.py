@@ -28,7 +28,8 @@ def install_programs(folder: Path) -> Path:
 def install_module(folder: Path) -> Path:
     """Put a module `llama_cpp` into `folder`, which goes to PYTHONPATH."""
     (folder / "llama_cpp.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom llama_programs import *  # noqa: F403\n"
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport llama_programs\n"
+        "sys.modules[__name__] = llama_programs\n"
     )
     return folder
 
@@ -75,6 +76,14 @@ def llama_model_quantize(source: bytes, target: bytes, params) -> int:
 
     assert isinstance(params, type(ctypes.byref(QuantizeParams())))
     return library().llama_model_quantize(source, target, ctypes.cast(params, ctypes.POINTER(QuantizeParams)))
+
+
+def __getattr__(name: str) -> int:
+    import gguf
+
+    if not name.startswith("LLAMA_FTYPE_"):
+        raise AttributeError(name)
+    return int(gguf.LlamaFileType[name.removeprefix("LLAMA_FTYPE_")])
 
 
 def on_path(folder: Path) -> str:

@@ -24,7 +24,7 @@ HOW = (
     "has for every system"
 )
 STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
-CHILD = "sloth_plugins.export.gguf.llama_cpp_child"
+CHILD = Path(__file__).with_name("llama_cpp_child.py")
 
 
 def quantizer() -> list[str] | None:
@@ -82,7 +82,7 @@ def tokenize(model: Path, text: str) -> list[int] | None:
 
 def _command(program: str, task: str) -> list[str] | None:
     if importlib.util.find_spec("llama_cpp") is not None:
-        return [sys.executable, "-m", CHILD, task]
+        return [sys.executable, "-P", str(CHILD), task]
     found = shutil.which(program)
     return None if found is None else [found]
 
