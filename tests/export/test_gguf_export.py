@@ -215,6 +215,15 @@ class TestSources:
             with pytest.raises(SlothError, match="no tokenizer was found"):
                 export(source, tmp_path / "out", methods="f16")
 
+    def test_a_model_file_without_what_reads_it(self, folder, tmp_path, monkeypatch):
+        alone = tmp_path / "alone"
+        shutil.copytree(folder, alone)
+        (alone / "tokenizer.json").rename(alone / "tokenizer.model")
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else found(name))
+        with pytest.raises(SlothError, match=r"tokenizer.model is read by sentencepiece: pip install"):
+            export(alone, tmp_path / "out", methods="f16")
+
     def test_an_unknown_family_names_the_known_ones(self, tokenizer, tmp_path):
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -357,3 +366,11 @@ def test_the_modelfile_lies_beside(folder, tokenizer, tmp_path):
     other = tmp_path / "other"
     assert export(folder, other, tokenizer, "f16", modelfile=False).modelfile is None
     assert left_in(other) == ["model-f16.gguf"]
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_llama_cpp_may_be_missing_anywhere_but_in_ci(ci, outcome, tmp_path, monkeypatch):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(llama_runtime, "LIBRARIES", tmp_path)
+    with pytest.raises(outcome, match="make llama"):
+        llama_runtime.require()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import unicodedata
 
 import gguf
@@ -176,6 +177,53 @@ def move_a_merge(merges):
     joined = ["".join(merge) for merge in merges]
     at = next(n for n in range(1, len(joined)) if joined[n] == joined[n - 1])
     merges.append(merges.pop(at))
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A tokenizer.model that SentencePiece itself has trained, and SentencePiece's reading of it."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text").write_text("\n".join(line.replace("\n", " ") for line in tiny.corpus()), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=900,
+        byte_fallback=True,
+        character_coverage=0.99,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model", sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+def test_a_model_file_of_sentencepiece(loaded, model_file, tmp_path, kind):
+    file, trained = model_file
+    folder = tmp_path / kind
+    folder.mkdir()
+    shutil.copyfile(file, folder / "tokenizer.model")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": f"{kind}Tokenizer", **names}))
+    (folder / "config.json").write_text(json.dumps({"model_type": kind.lower()}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = loaded(tokenizer)
+    plain = [line for line in LINES if not SPECIAL.search(line)]
+    assert len(plain) > 500
+    if kind == "Gemma":
+        assert differing(model, tokenizer, plain) == []
+        return
+    # transformers 5 puts no space before a text that starts with one; SentencePiece does, and so does llama.cpp.
+    assert [line for line in plain if model.tokenize(line) != trained.encode(line)] == []
+    assert differing(model, tokenizer, [line for line in plain if not line.startswith(" ")]) == []
 
 
 class TestRefusals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -88,8 +89,6 @@ def save_pretrained_gguf(
 
 
 def _require_gguf() -> None:
-    import importlib.util
-
     if importlib.util.find_spec("gguf") is None:
         raise SlothError("GGUF export needs the gguf package: pip install 'sloth-plugins[gguf]'")
 
@@ -110,6 +109,9 @@ def _tokenizer_folder(source: Any, base: str | Path | None) -> Path:
 def _load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
+    files = [name for name in ("tokenizer.json", "tokenizer.model") if (Path(folder) / name).is_file()]
+    if files == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
+        raise SlothError(f"{folder}/tokenizer.model is read by sentencepiece: pip install 'sloth-plugins[gguf]'")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 - a tokenizer's files may be damaged in any way
