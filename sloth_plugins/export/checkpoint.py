@@ -84,6 +84,8 @@ def take_quantization(config: Any, where: object) -> dict[str, Any] | None:
             "for others name the 16-bit model as the base"
         )
     del config.quantization_config
+    if hasattr(config, "_pre_quantization_dtype"):
+        del config._pre_quantization_dtype  # goes with it: transformers 4 cannot write it alone
     return values
 
 

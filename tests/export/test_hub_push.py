@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from adapted_models import adapt, load, save_base, tokenizer, without
 from local_hub import serving
+from transformers import __version__ as transformers
 
 from sloth_plugins._version import __version__
 from sloth_plugins.errors import SlothError
@@ -32,13 +33,13 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     with serving() as (server, address):
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for place in (constants, file_download):  # where huggingface_hub 1 and 0 read it
+            monkeypatch.setattr(place, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
@@ -69,8 +70,12 @@ def test_an_interrupted_upload_goes_on_without_sending_again_what_arrived(made, 
         return action["oid"] == oid(second)
 
     # One file after the other, so that the first has arrived when the line breaks in the middle of the second.
-    one_by_one = "huggingface_hub.utils.hf_thread_map"
-    monkeypatch.setattr(one_by_one, lambda function, items, **_: list(map(function, sorted(items, key=in_order))))
+    for one_by_one in ("utils.hf_thread_map", "_commit_api.thread_map"):  # of huggingface_hub 1 and 0
+        monkeypatch.setattr(
+            f"huggingface_hub.{one_by_one}",
+            lambda function, items, **_: list(map(function, sorted(items, key=in_order))),
+            raising=False,
+        )
     hub.breaks = {oid(second)}
     with pytest.raises(
         SlothError, match=r"the Hub did not take me/tiny: .*run it again, and what has arrived"
@@ -95,7 +100,13 @@ def test_a_model_is_merged_pushed_and_leaves_nothing_behind(made, hub, tmp_path,
     expected = content(merge(model, tmp_path / "expected", tokenizer()))
     assert files == expected
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["expected"]
-    for said in ("- me/data", "- sloth-plugins", f"sloth-plugins {__version__}", "transformers 5", "LoRA r=4, alpha=8"):
+    for said in (
+        "- me/data",
+        "- sloth-plugins",
+        f"sloth-plugins {__version__}",
+        f"transformers {transformers}",
+        "LoRA r=4, alpha=8",
+    ):
         assert said in card
     assert "merged, 16bit" in card
     assert str(made) not in card

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from adapted_models import LINEAR, adapt, load, logits, save_base, without
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from sloth_plugins.errors import SlothError
@@ -68,10 +69,13 @@ def assembled(weights):
 def test_the_merged_model_computes_what_the_adapted_one_does(bases, tmp_path, case):
     base, options, tied = CASES[case]
     model = adapt(load(bases[base], dtype=torch.float32), **options)
-    expected = logits(model)
-    assert (logits(load(bases[base], dtype=torch.float32)) - expected).abs().max() > 0.1
+    assert (logits(load(bases[base], dtype=torch.float32)) - logits(model)).abs().max() > 0.1
+    if case == "embedding, tied on purpose" and not hasattr(model.get_output_embeddings(), "lora_A"):
+        pytest.skip("this release of PEFT does not tie adapters")
     model.save_pretrained(tmp_path / "run")
-    for source in (model, tmp_path / "run"):
+    # Older releases of PEFT do not save all that they train.
+    saved = logits(PeftModel.from_pretrained(load(bases[base], dtype=torch.float32), tmp_path / "run").eval())
+    for source, expected in ((model, logits(model)), (tmp_path / "run", saved)):
         weights = open_weights(source)
         assert weights.config.tie_word_embeddings is tied
         torch.testing.assert_close(logits(assembled(weights)), expected, atol=1e-4, rtol=0)

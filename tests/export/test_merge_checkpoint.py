@@ -23,9 +23,6 @@ def kl(expected, found):
 def base(tmp_path_factory):
     folder = save_base(tmp_path_factory.mktemp("checkpoint") / "base", shard="100KB")
     tokenizer().save_pretrained(folder)
-    generation = json.loads((folder / "generation_config.json").read_text())
-    # What transformers' own save_pretrained would refuse to write.
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"temperature": 0.5, "do_sample": False}))
     return folder
 
 
@@ -55,6 +52,16 @@ def test_the_layout_is_that_of_save_pretrained(base, run, tmp_path):
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_generation_config_that_transformers_would_not_write_is_kept(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    generation = json.loads((folder / "generation_config.json").read_text()) | {"temperature": 0.5, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    model = adapt(load(folder))
+    for number, source in enumerate((model, folder)):
+        out = merge(source, tmp_path / str(number))
+        assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
 
 
 def test_a_small_model_is_one_file(run, tmp_path):
@@ -105,7 +112,7 @@ def test_four_bits_are_those_that_transformers_makes_of_the_merged_model(base, t
     expected = AutoModelForCausalLM.from_pretrained(
         sixteen, quantization_config=config, device_map="cpu", dtype=torch.bfloat16
     )
-    found = AutoModelForCausalLM.from_pretrained(four, device_map="cpu")
+    found = AutoModelForCausalLM.from_pretrained(four, device_map="cpu", dtype="auto")
     assert found.config.dtype == torch.bfloat16
     assert found.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in expected.state_dict().items():
