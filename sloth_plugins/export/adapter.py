@@ -81,7 +81,7 @@ class Adapter:
     def _names(self, base: Base, wanted: list[str]) -> dict[str, str]:
         """The base's names for the modules' own, where the two differ."""
         known = {*base.shapes(), *base.tied}
-        return {} if known.issuperset(wanted) else checkpoint_names(skeleton(base.config))
+        return {} if known.issuperset(wanted) else checkpoint_names(skeleton(base.config), wanted)
 
     def _delta(self, module: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> Delta:
         embedding = "lora_embedding_A" in parts

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import SlothError, nearest
 from .changes import Base
-from .naming import skeleton
+from .naming import checkpoint_names, skeleton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # As transformers' own examples of QLoRA have it.
@@ -49,10 +49,10 @@ class FourBit(Rounded):
 
     def __init__(self, base: Base, config: Any, dtype: torch.dtype) -> None:
         super().__init__(dtype)
-        linear = _linear_weights(config)
+        linear, head = _linear_layers(config)
+        self._chosen = (base.quantised or linear.keys() - head) & linear.keys()
+        kept = sorted(layer for name, layer in linear.items() if name not in self._chosen)
         known = base.quantization if base.quantization and base.quantization.get("load_in_4bit") else {}
-        self._chosen = (base.quantised or frozenset(linear)) & frozenset(linear)
-        kept = sorted(name.removesuffix(".weight") for name in _linear_weights(config, head=True) - self._chosen)
         from transformers import BitsAndBytesConfig
 
         values = {name: value for name, value in known.items() if name.startswith("bnb_4bit")} or NF4
@@ -99,9 +99,11 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
-def _linear_weights(config: Any, *, head: bool = False) -> frozenset[str]:
-    """The weights of the model's plain linear layers, without the output head unless `head`."""
+def _linear_layers(config: Any) -> tuple[dict[str, str], set[str]]:
+    """The weights of plain linear layers by their names on disk, with the layers' own; and which is the output head."""
     model = skeleton(config)
     output = model.get_output_embeddings()
     layers = {name: layer for name, layer in model.named_modules() if type(layer) is torch.nn.Linear}
-    return frozenset(f"{name}.weight" for name, layer in layers.items() if head or layer is not output)
+    names = checkpoint_names(model, [f"{name}.weight" for name in layers])
+    found = {names.get(f"{name}.weight", f"{name}.weight"): name for name in layers}
+    return found, {weight for weight, name in found.items() if layers[name] is output}

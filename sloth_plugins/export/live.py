@@ -35,11 +35,12 @@ class LiveModel:
         self.tied: dict[str, str] = {}
         self.changes: dict[str, Change] = {}
         self._reads: dict[str, tuple[tuple[int, ...], Read]] = {}
-        names = checkpoint_names(model)
+        walked = list(_walk(model, ""))
+        names = checkpoint_names(model, [own for own, *_ in walked])
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         quantised = set()
         seen: dict[int, str] = {}
-        for own, tensor, read, change in _walk(model, ""):
+        for own, tensor, read, change in walked:
             if own in ignored:
                 continue
             name = names.get(own, own)
@@ -66,13 +67,26 @@ def _unwrapped(model: Any) -> Any:
     """The transformers model inside PEFT's, the compiler's and the data-parallel wrappers."""
     from transformers import PreTrainedModel
 
+    _must_be_lora(model)
     while not isinstance(model, PreTrainedModel):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else None
         inner = inner or getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None or inner is model:
             raise SlothError(f"cannot export a {type(model).__name__}: give a folder, or a transformers or PEFT model")
         model = inner
+        _must_be_lora(model)
     return model
+
+
+def _must_be_lora(model: Any) -> None:
+    """Some of PEFT's other methods have layers that look like LoRA's, and some have none at all."""
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind != "LORA":
+            raise SlothError(
+                f"adapter {name!r} is a {kind} adapter; LoRA (rsLoRA, DoRA) is understood here: "
+                "merge it with PEFT's merge_and_unload() and export the model"
+            )
 
 
 def _folder(model: Any) -> Path | None:
@@ -144,10 +158,15 @@ def _adapted(layer: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor, Read,
         changed = change or Change()
         if name == f"{prefix}weight":
             changed.deltas += deltas
+            deltas = []
         elif name == f"{prefix}bias":
             changed.terms += biases
             biases = []
         yield name, tensor, read, changed if changed.deltas or changed.terms else change
+    if deltas:
+        raise SlothError(
+            f"{place} is a {type(layer.base_layer).__name__}, whose LoRA is not understood; use PEFT's merge"
+        )
     if biases:
         raise SlothError(f"{place} has an adapter with a bias, and no bias of its own to merge it into")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,15 +42,15 @@ def tied_by_config(config: Any) -> dict[str, str]:
 def embeddings(config: Any) -> list[str]:
     """The names on disk of the weights whose rows are the vocabulary: the embedding's, then the head's."""
     model = skeleton(config)
-    names = checkpoint_names(model)
     modules = {id(module): name for name, module in model.named_modules()}
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     found = [f"{modules[id(layer)]}.weight" for layer in layers]
+    names = checkpoint_names(model, found)
     return [names.get(name, name) for name in found]
 
 
-def checkpoint_names(model: Any) -> dict[str, str]:
-    """The model's own names of tensors with those that `save_pretrained` writes, where they differ at all."""
+def checkpoint_names(model: Any, own: Iterable[str]) -> dict[str, str]:
+    """The model's `own` names of tensors with those that `save_pretrained` writes, where they differ at all."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
@@ -64,6 +65,6 @@ def checkpoint_names(model: Any) -> dict[str, str]:
         return {}
     if any(isinstance(step, WeightConverter) for step in mapping):
         raise SlothError(f"{type(model).__name__} joins tensors of its checkpoint in one, which is not understood")
-    marks = {name: torch.empty((), device="meta") for name in model.state_dict()}
+    marks = {name: torch.empty((), device="meta") for name in own}
     places = {id(mark): name for name, mark in marks.items()}
     return {places[id(mark)]: name for name, mark in revert_weight_conversion(model, marks).items()}

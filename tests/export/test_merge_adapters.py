@@ -6,7 +6,8 @@ import pytest
 import torch
 from adapted_models import LINEAR, adapt, load, logits, save_base, without
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from tiny_families import KINDS, KNOWN, batch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from sloth_plugins.errors import SlothError
 from sloth_plugins.export import merge, open_weights
@@ -110,7 +111,7 @@ def test_an_adapter_that_peft_has_merged_is_not_merged_again(bases):
 
 
 def test_weights_that_conv1d_turns_round_are_merged(tmp_path):
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "base")
@@ -123,6 +124,63 @@ def test_weights_that_conv1d_turns_round_are_merged(tmp_path):
         out = merge(source, tmp_path / str(number), dtype="float32")
         found = AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), KINDS)
+def test_every_family_is_merged(tmp_path, architecture, kind):
+    config = AutoConfig.for_model(kind, **KNOWN.architectures[architecture].tiny)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = adapt(load(tmp_path / "base", dtype=torch.float32), target_modules="all-linear")
+    model.save_pretrained(tmp_path / "run")
+    expected = model(input_ids=batch()).logits
+    for number, source in enumerate((model, tmp_path / "run")):
+        out = merge(source, tmp_path / str(number), dtype="float32")
+        assert open_weights(out).shapes().keys() == open_weights(tmp_path / "base").shapes().keys()
+        found = AutoModelForCausalLM.from_pretrained(out)(input_ids=batch()).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_model_whose_names_on_disk_are_others_is_merged(tmp_path):
+    pytest.importorskip("transformers.conversion_mapping", reason="transformers 5 says how names on disk differ")
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**tiny, image_size=8, patch_size=4)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**tiny, vocab_size=64))
+    )
+    model.save_pretrained(tmp_path / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    model = adapt(model, target_modules=r".*language_model.*(q_proj|down_proj)")
+    model.save_pretrained(tmp_path / "run")
+    ids = torch.arange(5, 12)[None]
+    expected = model(input_ids=ids).logits
+    for number, source in enumerate((model, tmp_path / "run")):
+        out = merge(source, tmp_path / str(number), dtype="float32")
+        assert open_weights(out).shapes() == open_weights(tmp_path / "base").shapes()
+        assert "language_model.model.layers.0.mlp.down_proj.weight" in open_weights(out).shapes()
+        found = LlavaForConditionalGeneration.from_pretrained(out)(input_ids=ids).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        four = merge(source, tmp_path / f"{number} in four bits", method="merged_4bit")
+        loaded = LlavaForConditionalGeneration.from_pretrained(four, device_map="cpu")
+        layer = loaded.get_submodule("model.language_model.layers.0.mlp.down_proj")
+        assert type(layer).__name__ == "Linear4bit"
+        merged = open_weights(out).read("language_model.model.layers.0.mlp.down_proj.weight")
+        read = open_weights(four).read("language_model.model.layers.0.mlp.down_proj.weight")
+        assert (read - merged).norm() < 0.12 * merged.norm()
+
+
+def test_experts_that_are_joined_in_memory_are_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**tiny, num_key_value_heads=2, vocab_size=64, num_local_experts=2))
+    if not hasattr(model.model.layers[0], "mlp") or not hasattr(model.model.layers[0].mlp.experts, "gate_up_proj"):
+        pytest.skip("this release of transformers keeps experts apart")
+    with pytest.raises(SlothError, match="MixtralForCausalLM joins tensors of its checkpoint in one"):
+        open_weights(model)
 
 
 def test_a_vocabulary_that_has_grown_is_that_of_the_merged_model(bases, tmp_path):
@@ -171,11 +229,33 @@ def test_a_folder_of_a_variant_that_is_not_understood_is_refused(bases, tmp_path
     assert "\n" not in str(refused.value)
 
 
-def test_a_live_variant_that_is_not_understood_is_refused(bases):
-    from peft import LoHaConfig, get_peft_model
+@pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "PROMPT_TUNING"])
+def test_a_live_method_that_is_not_understood_is_refused(bases, kind):
+    from peft import AdaLoraConfig, LoHaConfig, PromptTuningConfig, get_peft_model
 
-    model = get_peft_model(load(bases["plain"]), LoHaConfig(target_modules=["q_proj"]))
-    with pytest.raises(SlothError, match=r"layers\.0\.self_attn\.q_proj has an adapter of type .*merge_and_unload"):
+    configs = {
+        "LOHA": lambda: LoHaConfig(target_modules=["q_proj"]),
+        "ADALORA": lambda: AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+        "PROMPT_TUNING": lambda: PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }
+    model = get_peft_model(load(bases["plain"]), configs[kind]())
+    with pytest.raises(SlothError, match=f"adapter 'default' is a {kind} adapter; .*merge_and_unload"):
+        open_weights(model)
+
+
+@pytest.mark.parametrize("field", ["alora_invocation_tokens", "target_parameters"])
+def test_a_live_variant_that_is_not_understood_is_refused(bases, field):
+    value = {"alora_invocation_tokens": [1, 2], "target_parameters": ["mlp.down_proj.weight"]}[field]
+    model = adapt(load(bases["plain"]), **{field: value, "target_modules": ["q_proj"]})
+    with pytest.raises(SlothError, match="not understood"):
+        open_weights(model)
+
+
+def test_an_attention_of_torch_s_own_is_refused(bases):
+    model = load(bases["plain"])
+    model.extra = torch.nn.MultiheadAttention(8, 2)
+    model = adapt(model, target_modules=["extra"])
+    with pytest.raises(SlothError, match="extra is a MultiheadAttention, whose LoRA is not understood"):
         open_weights(model)
 
 
