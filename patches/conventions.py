@@ -13,6 +13,7 @@ from sloth_plugins.registry import BlockLayout, Patch
 FORWARDS = "sloth_plugins.patches.forwards"
 # Names in transformers' ACT2FN that the activation kernels compute.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh")
+GGUF_WINDOW = {"attention.sliding_window": "sliding_window"}
 TINY: Mapping[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 112,

@@ -1,10 +1,11 @@
 """Gemma 1, 2 and 3: norms with weight + 1 in fp32, GeGLU, from Gemma 2 on four norms a layer; Gemma 3 norms q and k."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from sloth_plugins.registry import ArchitectureSpec, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, GgufFormat, hookimpl
 
-from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
+from .conventions import GGUF_WINDOW, TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 GEMMA, GEMMA2, GEMMA3 = modeling("gemma"), modeling("gemma2"), modeling("gemma3")
 NORM = {"norm_offset": 1.0, "norm_cast": "after_weight"}
@@ -15,6 +16,15 @@ FOUR_NORMS = {
     "mlp_output_norm": "post_feedforward_layernorm",
 }
 WINDOW = {"sliding_window": "sliding_window"}
+SOFTCAPPED: Mapping[str, Any] = {
+    "metadata": {
+        **GGUF_WINDOW,
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "windowed": True,
+    "query_scale": "query_pre_attn_scalar",
+}
 ALTERNATING = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 
@@ -34,6 +44,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         layout=layout(GEMMA, "Gemma", activation="gelu_tanh", **NORM),
         backbone=f"{GEMMA}:GemmaModel",
         tiny={**TINY, "head_dim": 16},
+        gguf=GgufFormat(architecture="gemma"),
     )
     yield ArchitectureSpec(
         name="gemma2",
@@ -56,6 +67,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         ),
         backbone=f"{GEMMA2}:Gemma2Model",
         tiny={**TINY, **ALTERNATING},
+        gguf=GgufFormat(architecture="gemma2", query_scale_by_hidden=(46,), **SOFTCAPPED),
     )
     yield ArchitectureSpec(
         name="gemma3",
@@ -81,4 +93,5 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         ),
         backbone=f"{GEMMA3}:Gemma3TextModel",
         tiny={**TINY, **ALTERNATING},
+        gguf=GgufFormat(architecture="gemma3", query_scale_by_hidden=(62,), **SOFTCAPPED),
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sloth_plugins.registry import ArchitectureSpec, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, GgufFormat, hookimpl
 
 from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
@@ -19,4 +19,5 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         layout=layout(LLAMA, "Llama"),
         backbone=f"{LLAMA}:LlamaModel",
         tiny=TINY,
+        gguf=GgufFormat(architecture="llama", permuted=True),
     )

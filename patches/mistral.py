@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from sloth_plugins.registry import ArchitectureSpec, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, GgufFormat, hookimpl
 
-from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
+from .conventions import GGUF_WINDOW, TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 
 def _mistral(name: str, prefix: str) -> ArchitectureSpec:
@@ -17,6 +17,7 @@ def _mistral(name: str, prefix: str) -> ArchitectureSpec:
         layout=layout(module, prefix, sliding_window="sliding_window"),
         backbone=f"{module}:{prefix}Model",
         tiny={**TINY, "head_dim": 16, "sliding_window": 8},
+        gguf=GgufFormat(architecture="llama", permuted=True, metadata=GGUF_WINDOW),
     )
 
 

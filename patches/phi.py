@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from sloth_plugins.registry import ArchitectureSpec, Patch, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, GgufFormat, Patch, hookimpl
 
-from .conventions import ACTIVATIONS, FORWARDS, TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
+from .conventions import ACTIVATIONS, FORWARDS, GGUF_WINDOW, TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 PHI, PHI3 = modeling("phi"), modeling("phi3")
 SEPARATE = dict.fromkeys(("q", "k", "v", "gate", "up"))
@@ -32,6 +32,10 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         ),
         backbone=f"{PHI3}:Phi3Model",
         tiny={**TINY, "original_max_position_embeddings": 128},
+        gguf=GgufFormat(
+            architecture="phi3",
+            metadata={**GGUF_WINDOW, "rope.scaling.original_context_length": "original_max_position_embeddings"},
+        ),
     )
     yield ArchitectureSpec(
         name="phi",

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from sloth_plugins.registry import ArchitectureSpec, hookimpl
+from sloth_plugins.registry import ArchitectureSpec, GgufFormat, hookimpl
 
-from .conventions import TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
+from .conventions import GGUF_WINDOW, TINY, cross_entropy, glu, layout, modeling, rms_norm, rope
 
 QWEN2, QWEN3, QWEN2_5_VL = modeling("qwen2"), modeling("qwen3"), modeling("qwen2_5_vl")
 WINDOW = {"sliding_window": "sliding_window"}
@@ -23,6 +23,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         layout=layout(QWEN2, "Qwen2", **WINDOW),
         backbone=f"{QWEN2}:Qwen2Model",
         tiny=TINY,
+        gguf=GgufFormat(architecture="qwen2", metadata=GGUF_WINDOW),
     )
     yield ArchitectureSpec(
         name="qwen3",
@@ -37,6 +38,7 @@ def sloth_architectures() -> Iterator[ArchitectureSpec]:
         layout=layout(QWEN3, "Qwen3", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", **WINDOW),
         backbone=f"{QWEN3}:Qwen3Model",
         tiny={**TINY, "head_dim": 16},
+        gguf=GgufFormat(architecture="qwen3", metadata=GGUF_WINDOW),
     )
     yield ArchitectureSpec(
         name="qwen2_5_vl",

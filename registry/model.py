@@ -16,6 +16,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 OBJECT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 CODE_PATHS = re.compile(rf"{OBJECT_PATH.pattern}(\.[A-Za-z_]\w*)?( \| {OBJECT_PATH.pattern}(\.[A-Za-z_]\w*)?)*")
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+GGUF_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 ATTRIBUTE_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -199,6 +200,38 @@ def _check_patches(owner: str, patches: tuple[Patch, ...]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFormat:
+    """How llama.cpp knows an architecture, so that its checkpoints can be written as GGUF.
+
+    `architecture` is the name in `general.architecture`, one of those of PyPI's gguf. `permuted` says that llama.cpp's
+    rotary embedding of it turns neighbours, so that the rows of q and k are written in another order than in the
+    checkpoint. What `BlockLayout.norm_offset` adds to a norm's weight is added before the weight is written.
+    `metadata` maps GGUF keys, without the architecture before them, to config attributes; one that is absent or None
+    is left out. `tensors` maps names of a checkpoint that gguf does not know to GGUF's. `windowed` says whether
+    llama.cpp keeps to the config's sliding window. `query_scale` names the config attribute whose inverse square root
+    scales q, where llama.cpp does not read it but takes head_dim, or hidden_size / heads for the numbers of layers in
+    `query_scale_by_hidden`.
+    """
+
+    architecture: str
+    permuted: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    windowed: bool = False
+    query_scale: str | None = None
+    query_scale_by_hidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        owner = f"GgufFormat {self.architecture!r}"
+        _must_match(GGUF_NAME, owner, "architecture", self.architecture, "a name of GGUF such as 'llama'")
+        for key, attribute in self.metadata.items():
+            _must_match(GGUF_NAME, owner, "metadata", key, "a key of GGUF such as 'attention.sliding_window'")
+            _must_match(ATTRIBUTE_PATH, owner, f"metadata[{key!r}]", attribute, "a config attribute")
+        for name in ("metadata", "tensors"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArchitectureSpec:
     """One architecture: which `config.model_type`s it covers and which patches it has.
 
@@ -211,6 +244,8 @@ class ArchitectureSpec:
     `tiny` overrides config attributes so that a model of the architecture is small enough for a test; the contract
     tests and the compat matrix run on every architecture that declares it. Its `"model_type"` names the whole model
     where the architecture is only a part of one, such as the language model of a vision-language model.
+
+    `gguf` says how its checkpoints are exported for llama.cpp; without it they are not.
     """
 
     name: str
@@ -221,6 +256,7 @@ class ArchitectureSpec:
     backbone: str | None = None
     requires: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    gguf: GgufFormat | None = None
 
     def __post_init__(self) -> None:
         owner = f"ArchitectureSpec {self.name!r}"
@@ -234,6 +270,8 @@ class ArchitectureSpec:
             raise SpecError(f"{owner}: layout={self.layout!r} is not a BlockLayout")
         if self.backbone is not None:
             _must_match(OBJECT_PATH, owner, "backbone", self.backbone, "'package.module:Class'")
+        if self.gguf is not None and not isinstance(self.gguf, GgufFormat):
+            raise SpecError(f"{owner}: gguf={self.gguf!r} is not a GgufFormat")
         _check_requirements(owner, self.requires)
         object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))
 

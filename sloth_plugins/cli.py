@@ -1,18 +1,17 @@
-"""The command line: list, plan, doctor, verify, demo. A user's mistake is one line and exit code 2."""
+"""The command line: list, plan, doctor, verify, export, demo. A user's mistake is one line and exit code 2."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import __version__
 from .discovery import Plugins, plugins
-from .errors import SlothError, nearest
+from .errors import nearest
+from .export.command import app as export
 from .selection import VARIABLE, Selection, parse
+from .terminal import err, one_line, out
 
 app = typer.Typer(
     help="Faster fine-tuning by one environment flag: SLOTH_PLUGINS=1 accelerate launch train.py",
@@ -20,8 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(soft_wrap=True, highlight=False, emoji=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+app.add_typer(export, name="export")
 
 Model = Annotated[str, typer.Option("--model", help="a folder, a config.json, or a hub id", show_default=False)]
 Select = Annotated[
@@ -31,15 +29,6 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a tabl
 
 # Set aside by `main`, since importing torch would otherwise activate the patches in this process.
 _flag: str | None = None
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    try:
-        yield
-    except SlothError as error:
-        err.print(f"sloth-plugins: {error}", markup=False)
-        raise typer.Exit(2) from None
 
 
 def _selection(given: str | None) -> Selection:
@@ -68,7 +57,7 @@ def list_patches(as_json: Json = False) -> None:
 @app.command()
 def plan(model: Model, select: Select = None, as_json: Json = False) -> None:
     """Show what would be patched in a model here, and why not the rest. Reads only its config.json."""
-    with _one_line():
+    with one_line():
         from . import report
         from .inspection import dry_run
 
@@ -99,7 +88,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="of the random batch")] = 0,
 ) -> None:
     """Compare losses and gradients of a model, patched against stock, on one random batch."""
-    with _one_line():
+    with one_line():
         from .verification import print_verdict, verify_model
 
         selection = _selection(select)
@@ -150,7 +139,9 @@ def main() -> None:
 
 def _usage_text(message: str) -> str:
     """A mistake in the arguments, in one line, with the nearest command."""
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    message = message.partition(" Did you mean")[0]  # of all commands, ours knows those of `export` too
+    commands = [*app.registered_commands, *export.registered_commands]
+    names = ["export", *(command.name or command.callback.__name__ for command in commands if command.callback)]
     words = message.split("'")
     hint = nearest(words[1], names) if message.startswith("No such command") and len(words) > 1 else ""
     script = " (a script to run ends in .py)" if message.startswith("No such command") else ""

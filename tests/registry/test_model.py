@@ -4,6 +4,7 @@ from sloth_plugins.registry import (
     ArchitectureSpec,
     BlockLayout,
     Experimental,
+    GgufFormat,
     Patch,
     SpecError,
     Supported,
@@ -152,3 +153,19 @@ def test_a_layout_that_contradicts_itself_is_refused(change, said):
     with pytest.raises(SpecError) as caught:
         BlockLayout(**{**LAYOUT, **change})
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architecture": "Llama 3"}, "'Llama 3'"),
+        ({"metadata": {"Sliding Window": "sliding_window"}}, "'Sliding Window'"),
+        ({"metadata": {"attention.scale": "config scale"}}, "'config scale'"),
+    ],
+)
+def test_a_format_that_cannot_be_meant_is_refused(change, said):
+    with pytest.raises(SpecError) as caught:
+        GgufFormat(**{"architecture": "llama", **change})
+    assert said in str(caught.value)
+    with pytest.raises(SpecError, match="gguf='llama' is not a GgufFormat"):
+        ArchitectureSpec(name="llama", model_types=("llama",), patches=(), gguf="llama")

@@ -211,7 +211,16 @@ def test_families_can_be_named_beside_their_architectures():
     assert {"llama", "mistral", "ministral", "qwen", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3"} <= set(
         catalogue
     )
-    assert catalogue["phi"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks", "checkpointing", "layer_norm", "mlp")
+    assert catalogue["phi"] == (
+        "rms_norm",
+        "rope",
+        "glu",
+        "cross_entropy",
+        "blocks",
+        "checkpointing",
+        "layer_norm",
+        "mlp",
+    )
     assert catalogue["phi3"] == ("rms_norm", "rope", "glu", "cross_entropy", "blocks", "checkpointing")
 
 

@@ -1,0 +1,216 @@
+"""A chat template seen from outside: rendered with marked messages, it shows what stands around each of them.
+
+Jinja cannot be translated, but most templates write every message between two fixed strings. Those strings are found by
+rendering, and kept only if they put together what the template renders, on every conversation tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Literal
+
+Message = dict[str, str]
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+# No template changes these: one word each, none part of another.
+MARKS = {role: [f"{role}Mark{letter}Text" for letter in "ABCD"] for role in (SYSTEM, USER, ASSISTANT)}
+
+
+class Unexpressible(Exception):
+    """Why no fixed strings put together what the template renders; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What stands before and after a message's content."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How a conversation is written: `start`, each message between its strings, then `generation`.
+
+    `system` is written in its place, or, with `system_in` first or last, within that user's message before its content.
+    With `always_system` it is there even when it is empty. `default_system` is what the template says where the
+    conversation has no system message. Without `system` there can be none.
+    """
+
+    start: str
+    user: Around
+    assistant: Around
+    generation: str
+    system: Around | None = None
+    system_in: Literal["place", "first", "last"] = "place"
+    always_system: bool = False
+    default_system: str = ""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt for an answer to `messages`, of which a system message, if any, is the first."""
+        given = messages[0]["content"] if messages and messages[0]["role"] == SYSTEM else ""
+        text = given or self.default_system
+        system = "" if self.system is None else f"{self.system.before}{text}{self.system.after}"
+        system = system if text or self.always_system else ""
+        rest = [message for message in messages if message["role"] != SYSTEM]
+        users = [n for n, message in enumerate(rest) if message["role"] == USER]
+        at = {"place": None, "first": users[0], "last": users[-1]}[self.system_in]
+        result = self.start + (system if at is None else "")
+        for n, message in enumerate(rest):
+            around = self.user if message["role"] == USER else self.assistant
+            result += around.before + (system if n == at else "") + message["content"] + around.after
+        return result + self.generation
+
+
+def conversations(*, system: bool) -> Iterator[list[Message]]:
+    """Conversations of one to four questions, with a system message or without."""
+    for count in (1, 2, 3, 4):
+        messages = [{"role": SYSTEM, "content": MARKS[SYSTEM][0]}] if system else []
+        for n in range(count):
+            messages.append({"role": USER, "content": MARKS[USER][n]})
+            if n + 1 < count:
+                messages.append({"role": ASSISTANT, "content": MARKS[ASSISTANT][n]})
+        yield messages
+
+
+def read_format(tokenizer: Any) -> ChatFormat:
+    """The strings around the messages of a tokenizer's chat template. Raises Unexpressible, with the reason."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise Unexpressible("the tokenizer has no chat template")
+    if "strftime_now" in str(template):
+        raise Unexpressible("the chat template writes today's date")
+    found = _with_system(tokenizer, _without_system(tokenizer))
+    for messages in conversations(system=False):
+        _must_agree(tokenizer, found, messages)
+    if found.system is not None:
+        for messages in conversations(system=True):
+            _must_agree(tokenizer, found, messages)
+    return found
+
+
+def unlike_ollama(tokenizer: Any, found: ChatFormat) -> list[str]:
+    """What a chat template does to a message, which Ollama takes as it is; a line each."""
+    notes = []
+    if found.system is None:
+        notes.append("the chat template takes no system message, so the Modelfile's leaves it out")
+    question = {"role": USER, "content": f" {MARKS[USER][0]} "}
+    if question["content"] not in render(tokenizer, [question]):
+        notes.append("the chat template strips spaces around messages, which Ollama's does not")
+    answer = {"role": ASSISTANT, "content": f"<think>{MARKS[ASSISTANT][1]}</think>{MARKS[ASSISTANT][0]}"}
+    if MARKS[ASSISTANT][1] not in render(tokenizer, [question, answer, question]):
+        notes.append("the chat template drops the thoughts of earlier answers, which Ollama's does not")
+    return notes
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes after an answer, where there is one."""
+    try:
+        answered = [{"role": USER, "content": MARKS[USER][0]}, {"role": ASSISTANT, "content": MARKS[ASSISTANT][0]}]
+        text = render(tokenizer, answered, generation=False)
+    except Unexpressible:
+        return None
+    after = text.partition(MARKS[ASSISTANT][0])[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.added_tokens_decoder)
+    return next((token for token in ids if token in special), None)
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = True) -> str:
+    """What the template makes of a conversation. Raises Unexpressible where it refuses."""
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise Unexpressible("the tokenizer has no chat template")
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise Unexpressible(f"the chat template refuses {roles}: {' '.join(str(error).split())}") from None
+
+
+def _must_agree(tokenizer: Any, found: ChatFormat, messages: Sequence[Message]) -> None:
+    if found.render(messages) != render(tokenizer, messages):
+        roles = ", ".join(message["role"] for message in messages)
+        raise Unexpressible(
+            f"the chat template does more than write messages between fixed strings (seen with {roles})"
+        )
+
+
+def _cut(text: str, marks: Sequence[str]) -> list[str]:
+    """The strings before, between and after the marks, which come in this order and once each."""
+    pieces = []
+    for mark in marks:
+        piece, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise Unexpressible("the chat template leaves a message out, or writes one twice")
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _without_system(tokenizer: Any) -> ChatFormat:
+    """User, assistant and generation; `start` still holds what a default system message writes."""
+    two = list(conversations(system=False))[1]
+    marks = [MARKS[USER][0], MARKS[ASSISTANT][0], MARKS[USER][1]]
+    start, between, again, end = _cut(render(tokenizer, two), marks)
+    answered = _cut(render(tokenizer, two[:2], generation=False), marks[:2])[2]
+    asked = _cut(render(tokenizer, two[:1], generation=False), marks[:1])[1]
+    after_user = _common(tokenizer, _common(tokenizer, between, end), asked)
+    after_assistant = _common(tokenizer, again, answered)
+    before_user = again[len(after_assistant) :]
+    if not start.endswith(before_user):
+        raise Unexpressible("the chat template begins the first question otherwise than the next ones")
+    return ChatFormat(
+        start=start[: len(start) - len(before_user)],
+        user=Around(before_user, after_user),
+        assistant=Around(between[len(after_user) :], after_assistant),
+        generation=end[len(after_user) :],
+    )
+
+
+def _common(tokenizer: Any, left: str, right: str) -> str:
+    """What both begin with, no special token cut in two."""
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    for token in tokenizer.added_tokens_decoder.values():
+        for text in (left, right):
+            at = text.find(token.content, max(0, length - len(token.content) + 1))
+            if 0 <= at < length < at + len(token.content):
+                length = at
+    return left[:length]
+
+
+def _with_system(tokenizer: Any, bare: ChatFormat) -> ChatFormat:
+    """`bare` with where and how a system message is written; as it was where the template takes none."""
+    one, two = list(conversations(system=True))[:2]
+    mark, user = MARKS[SYSTEM][0], bare.user.before
+    try:
+        head, tail = _cut(render(tokenizer, one), [mark])
+    except Unexpressible:
+        return bare
+    middle = _cut(tail, MARKS[USER][:1])[0]
+    if middle.endswith(user) and not (head.endswith(user) and head[: -len(user)] == bare.start):
+        return _in_place(tokenizer, bare, head, middle[: len(middle) - len(user)])
+    inside = bare.start + user
+    if not head.startswith(inside):
+        raise Unexpressible("the chat template writes a system message in a way of its own")
+    around = Around(head[len(inside) :], middle)
+    first = render(tokenizer, two).index(mark) < render(tokenizer, two).index(MARKS[USER][0])
+    return replace(bare, system=around, system_in="first" if first else "last")
+
+
+def _in_place(tokenizer: Any, bare: ChatFormat, head: str, after: str) -> ChatFormat:
+    """A system message of its own. What stands before the first question without one is a default, or nothing."""
+    empty = _bos(tokenizer)
+    start = empty if head.startswith(empty) and bare.start.startswith(empty) else ""
+    before, default = head[len(start) :], bare.start[len(start) :]
+    if not default:
+        return replace(bare, start=start, system=Around(before, after))
+    if not (default.startswith(before) and default.endswith(after) and len(default) >= len(before) + len(after)):
+        raise Unexpressible("the chat template writes something else where there is no system message")
+    text = default[len(before) : len(default) - len(after)]
+    return replace(bare, start=start, system=Around(before, after), always_system=not text, default_system=text)
+
+
+def _bos(tokenizer: Any) -> str:
+    return str(tokenizer.bos_token or "")

@@ -1,0 +1,136 @@
+"""Exports on the Hub, by huggingface_hub's own upload: what arrived before an interruption is not sent again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import SlothError
+from .card import TAG, write_card
+
+CARD = "README.md"
+
+
+def push(folder: str | Path, repo: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """Upload a folder to the model repository `repo` ("user/name"), which is made if need be; returns its address.
+
+    Called again after an interruption it sends only what has not arrived. A card in the repository that is not ours
+    stays. `token` defaults to that of `hf auth login` or HF_TOKEN; it goes nowhere but to the Hub. Raises SlothError
+    where the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SlothError(f"{folder} is no folder; export a model first, then push the folder")
+    api = HfApi(token=token)
+    with _one_line(repo, token):
+        address = str(api.create_repo(repo, private=private, exist_ok=True))
+        kept = [CARD] if (folder / CARD).is_file() and _is_somebody_elses(api, repo) else []
+        with _bars():
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message="Upload by sloth-plugins",
+                ignore_patterns=[*kept, ".cache/*", "*.partial", "*.part", ".lock"],
+            )
+    return address
+
+
+def push_to_hub_merged(
+    source: Any,
+    repo: str,
+    tokenizer: Any = None,
+    *,
+    save_method: str = "merged_16bit",
+    token: str | None = None,
+    private: bool | None = None,
+    datasets: Iterable[str] | None = None,
+    **options: Any,
+) -> str:
+    """`merge` into a folder beside the present one, then `push` it with a model card and remove it.
+
+    A second call after an interruption merges again, to the same bytes, and sends the files that have not arrived.
+    `datasets` names the data in the card, where the run's folder does not. Returns the repository's address.
+    """
+    from .merging import merge
+
+    with _folder() as folder:
+        merge(source, folder, tokenizer, method=save_method, **options)
+        _write_card(folder, source, save_method.replace("_", ", "), datasets)
+        return push(folder, repo, token=token, private=private)
+
+
+def push_to_hub_gguf(
+    source: Any,
+    repo: str,
+    tokenizer: Any = None,
+    quantization_method: str | Iterable[str] = "q8_0",
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    datasets: Iterable[str] | None = None,
+    **options: Any,
+) -> str:
+    """The same with GGUF files, see `save_pretrained_gguf`."""
+    from .gguf import export
+
+    with _folder() as folder:
+        made = export(source, folder, tokenizer, quantization_method, **options)
+        names = ", ".join(file.name for file in made.files)
+        write_card(folder, source, f"GGUF for llama.cpp and Ollama: {names}", datasets=datasets, library="gguf")
+        return push(folder, repo, token=token, private=private)
+
+
+def _write_card(folder: Path, source: Any, made: str, datasets: Iterable[str] | None) -> None:
+    library = "peft" if made == "lora" else "transformers"
+    write_card(folder, source, made, datasets=datasets, library=library)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Here and not in the system's temporary folder, which may be memory."""
+    with tempfile.TemporaryDirectory(prefix=".sloth-plugins-", dir=Path.cwd()) as folder:
+        yield Path(folder) / "model"
+
+
+def _is_somebody_elses(api: Any, repo: str) -> bool:
+    from huggingface_hub import ModelCard
+
+    if not api.file_exists(repo, CARD):
+        return False
+    return TAG not in (ModelCard.load(api.hf_hub_download(repo, CARD)).data.tags or [])
+
+
+@contextmanager
+def _one_line(repo: str, token: str | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - refusals, timeouts, broken connections: each has a kind of its own
+        # "Error while uploading" alone does not say why.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        reason = " ".join((str(cause) or type(cause).__name__).split())
+        reason = reason.replace(token, "***") if token else reason
+        raise SlothError(
+            f"the Hub did not take {repo}: {reason[:300]}; run it again, and what has arrived is not sent again"
+        ) from None
+
+
+@contextmanager
+def _bars() -> Iterator[None]:
+    """The Hub's own bars, on a terminal alone."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    from ..terminal import err
+
+    quiet = not err.is_terminal and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            enable_progress_bars()

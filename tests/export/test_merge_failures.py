@@ -1,0 +1,319 @@
+"""Full disks, damaged files, other bases, interruptions: one line each, nothing lost, nothing half-written."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from adapted_models import adapt, load, save_base, without
+
+from sloth_plugins.errors import SlothError
+from sloth_plugins.export import merge, writing
+
+SHARD = 100_000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    save_base(folder / "base", shard="100KB")
+    adapt(load(folder / "base")).save_pretrained(folder / "run")
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    """A run and its base that a test may damage."""
+    shutil.copytree(made, tmp_path / "made")
+    without(tmp_path / "made" / "run", base_model_name_or_path=str(tmp_path / "made" / "base"))
+    return tmp_path / "made"
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refused(match, *args, **options):
+    with pytest.raises(SlothError, match=match) as caught:
+        merge(*args, **options)
+    assert "\n" not in str(caught.value)
+
+
+def shards(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def fails_at_second(monkeypatch):
+    """The second shard's write ends as the operating system would have it."""
+
+    def arrange(error):
+        from safetensors import torch as safetensors
+
+        real, calls = safetensors.save_file, []
+
+        def save_file(tensors, path, **options):
+            calls.append(path)
+            if len(calls) == 2:
+                path.write_bytes(b"half")
+                raise error
+            return real(tensors, path, **options)
+
+        monkeypatch.setattr(safetensors, "save_file", save_file)
+        return calls
+
+    return arrange
+
+
+def test_a_full_disk_keeps_what_is_whole_and_the_next_run_goes_on(place, tmp_path, fails_at_second):
+    calls = fails_at_second(OSError(errno.ENOSPC, "No space left on device"))
+    refused("the disk is full; what is complete is kept there", place / "run", tmp_path / "out", shard_bytes=SHARD)
+    assert not (tmp_path / "out").exists()
+    assert shards(tmp_path / "out.partial") == ["model-00001-of-00002.safetensors"]
+    written = (tmp_path / "out.partial" / "model-00001-of-00002.safetensors").stat().st_mtime_ns
+    assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {
+        writing.INPUTS,
+        calls[0].with_suffix(".safetensors").name,
+    }
+    merge(place / "run", tmp_path / "out", shard_bytes=SHARD)
+    assert len(calls) == 3, "the first shard was not written again"
+    assert (tmp_path / "out" / "model-00001-of-00002.safetensors").stat().st_mtime_ns == written
+    assert not (tmp_path / "out.partial").exists()
+    assert files(merge(place / "run", tmp_path / "again", shard_bytes=SHARD)) == files(tmp_path / "out")
+
+
+def test_a_disk_that_is_really_full_is_told(place, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here")
+    try:
+        refused(r"small.* needs 0\.0 GB, and 0\.0 GB are free", place / "run", small / "out", dtype="float32")
+        (small / "filler").write_bytes(bytes(150_000))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writing, "check_space", lambda *_: None)
+            refused("the disk is full", place / "run", small / "out")
+        assert [path.name for path in small.iterdir()] == ["filler"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_limit_on_the_size_of_files_is_told(place, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        refused("the disk is full", place / "run", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_other_inputs_do_not_go_on_from_there(place, tmp_path, fails_at_second):
+    calls = fails_at_second(OSError(errno.ENOSPC, "No space left on device"))
+    refused("the disk is full", place / "run", tmp_path / "out", shard_bytes=SHARD)
+    without(place / "run", lora_alpha=1)
+    merge(place / "run", tmp_path / "out", shard_bytes=SHARD)
+    assert len(calls) == 4, "both shards were written"
+    assert files(merge(place / "run", tmp_path / "again", shard_bytes=SHARD)) == files(tmp_path / "out")
+
+
+def test_a_shard_that_was_damaged_in_between_is_written_again(place, tmp_path, fails_at_second):
+    calls = fails_at_second(OSError(errno.ENOSPC, "No space left on device"))
+    refused("the disk is full", place / "run", tmp_path / "out", shard_bytes=SHARD)
+    shard = tmp_path / "out.partial" / "model-00001-of-00002.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    merge(place / "run", tmp_path / "out", shard_bytes=SHARD)
+    assert len(calls) == 4
+
+
+def test_a_live_model_begins_again(place, tmp_path, fails_at_second):
+    model = adapt(load(place / "base"))
+    calls = fails_at_second(OSError(errno.ENOSPC, "No space left on device"))
+    refused("the disk is full$", model, tmp_path / "out", shard_bytes=SHARD)
+    assert not list(tmp_path.glob("out*"))
+    merge(model, tmp_path / "out", shard_bytes=SHARD)
+    assert len(calls) == 4
+
+
+def test_a_folder_that_may_not_be_written_is_told(place, tmp_path):
+    merge(place / "run", tmp_path / "first")  # imports what root alone may read
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    user = os.geteuid()
+    for path in (*tmp_path.parents[:2], tmp_path, place, *place.rglob("*")) if user == 0 else ():
+        path.chmod(path.stat().st_mode | 0o555)
+    try:
+        os.seteuid(user or 65534)  # root may write anywhere
+        refused(r"cannot write .*closed/out\.partial: Permission denied$", place / "run", closed / "out")
+        os.seteuid(user)
+        (place / "base" / "model-00002-of-00002.safetensors").chmod(0)
+        os.seteuid(user or 65534)
+        refused(r"cannot read .*model-00002.*: Permission denied$", place / "run", tmp_path / "out")
+        os.seteuid(user)
+        (place / "run").chmod(0)
+        os.seteuid(user or 65534)
+        refused("cannot read .*run.*: Permission denied$", place / "run", tmp_path / "out")
+    finally:
+        os.seteuid(user)
+        (place / "run").chmod(0o755)
+    assert list(closed.iterdir()) == []
+
+
+def test_an_earlier_export_stays_unless_forced(place, tmp_path):
+    out = merge(place / "base", tmp_path / "out")
+    before = files(out)
+    refused(r"out exists; choose another folder, or replace it with --force", place / "run", out)
+    assert files(out) == before
+    without(place / "run", base_model_name_or_path=str(tmp_path / "gone"))
+    refused("gone is not there; name the folder where it is now", place / "run", out, force=True)
+    assert files(out) == before
+    merge(place / "run", out, base=place / "base", force=True)
+    assert files(out).keys() == before.keys()
+    assert files(out) != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "out"]
+
+
+def test_a_failed_replacement_leaves_the_old_export(place, tmp_path, fails_at_second):
+    out = merge(place / "base", tmp_path / "out")
+    before = files(out)
+    fails_at_second(OSError(errno.EIO, "Input/output error"))
+    refused("Input/output error", place / "run", out, force=True, shard_bytes=SHARD)
+    assert files(out) == before
+
+
+def test_force_replaces_no_folder_that_holds_something_else(place, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    refused("thesis holds no model, so it is not replaced", place / "run", tmp_path / "thesis", force=True)
+    (tmp_path / "file").write_text("")
+    refused("is a file", place / "run", tmp_path / "file", force=True)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("target", ["run", "base", ""])
+def test_what_is_read_is_not_replaced(place, target):
+    refused("which is read; choose another folder", place / "run", place / target, force=True)
+
+
+def test_two_runs_do_not_write_one_folder(place, tmp_path):
+    with writing.Staged(tmp_path / "out", None).open() as folder:
+        (folder / "file").touch()
+        refused("out.partial is being written by another process", place / "run", tmp_path / "out")
+    assert files(tmp_path / "out") == {"file": b""}
+
+
+@pytest.mark.parametrize("name", ["base/model-00001-of-00002.safetensors", "run/adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_a_damaged_file_is_named(place, tmp_path, name, damage):
+    file = place / name
+    content = file.read_bytes()
+    file.write_bytes({"truncated": content[:-100], "header": b"\xff" * 64 + content[64:], "empty": b""}[damage])
+    refused(f"{file.name} is damaged or was not downloaded whole", place / "run", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_missing_shard_is_named(place, tmp_path):
+    (place / "base" / "model-00002-of-00002.safetensors").unlink()
+    refused(r"lacks model-00002-of-00002\.safetensors of its index", place / "run", tmp_path / "out")
+
+
+def test_a_damaged_index_or_config_is_named(place, tmp_path):
+    index = place / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.extra.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    refused(r"lacks model\.extra\.weight, which", place / "run", tmp_path / "out")
+    index.write_text("{")
+    refused(r"index\.json cannot be read", place / "run", tmp_path / "out")
+    for file in (place / "run" / "adapter_config.json", place / "base" / "config.json"):
+        saved = file.read_text()
+        file.write_text(saved[:50])
+        refused(f"{file.name}.* cannot be read", place / "run", tmp_path / "out")
+        file.write_text(saved)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"hidden_size": 128}, r"has model\.layers.* for shape .*, .*other has .*trained on another base"),
+        ({"num_hidden_layers": 1}, r"changes model\.layers\.1.*, which .*other does not have"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(place, tmp_path, other, said):
+    save_base(tmp_path / "other", **other)
+    refused(said, place / "run", tmp_path / "out", base=tmp_path / "other")
+
+
+def test_trained_tokens_of_a_larger_vocabulary_are_refused(place, tmp_path):
+    adapt(load(place / "base"), trainable_token_indices=[3, 120]).save_pretrained(place / "tokens")
+    save_base(tmp_path / "other", vocab_size=100)
+    refused("trains token 120, and .* has 100 rows", place / "tokens", tmp_path / "out", base=tmp_path / "other")
+
+
+def test_an_embedding_that_grew_without_its_head_is_refused(place, tmp_path):
+    model = load(place / "base")
+    model.resize_token_embeddings(140)
+    adapt(model, target_modules=["q_proj", "embed_tokens"]).save_pretrained(place / "grown")
+    refused("with 140 rows, and not the other .*, which has 128 in .*live model", place / "grown", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"base_model_name_or_path": "me/nowhere"},
+            "neither a folder nor in the Hub's cache; `hf download",
+        ),
+        ({"base_model_name_or_path": "/no/where"}, "the adapter's base /no/where is not there"),
+        ({"base_model_name_or_path": None}, "names no base model"),
+    ],
+)
+def test_a_base_that_is_not_there_is_asked_for(place, tmp_path, config, said):
+    without(place / "run", **config)
+    refused(said, place / "run", tmp_path / "out")
+
+
+def test_a_folder_without_a_model_is_told(place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused("empty holds no model", tmp_path / "empty", tmp_path / "out")
+    refused("a base .* goes with an adapter", place / "base", tmp_path / "out", base=place / "base")
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_whole_shards_and_the_same_command_goes_on(made, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    code = f"""
+import time
+from sloth_plugins import cli
+from sloth_plugins.export import merging, writing
+merging.merge.__kwdefaults__["shard_bytes"] = {SHARD // 4}
+save = writing.save_shard
+writing.save_shard = lambda *shard: (save(*shard), time.sleep(0.2))
+cli.main()
+"""
+    command = [sys.executable, "-c", code, "export", "merged", str(made / "run"), "-o", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not shards(partial) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert printed == ""
+    assert said.splitlines()[-1].startswith("sloth-plugins: stopped; the shards in")
+    assert not out.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert kept
+    assert {path.suffix for path in partial.iterdir()} == {".safetensors", ".json"}
+    merge(made / "run", out, shard_bytes=SHARD // 4)
+    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}.items()
+    assert files(merge(made / "run", tmp_path / "again", shard_bytes=SHARD // 4)) == files(out)
