@@ -1,4 +1,4 @@
-"""A chat template seen from outside: rendered with marked messages, it shows what stands around each of them.
+"""A chat template as fixed strings around the messages, for what cannot run Jinja.
 
 Jinja cannot be translated, but most templates write every message between two fixed strings. Those strings are found by
 rendering, and kept only if they put together what the template renders, on every conversation tried.
@@ -6,27 +6,24 @@ rendering, and kept only if they put together what the template renders, on ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import partial
 from typing import Any, Literal
 
-Message = dict[str, str]
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-# No template changes these: one word each, none part of another.
-MARKS = {role: [f"{role}Mark{letter}Text" for letter in "ABCD"] for role in (SYSTEM, USER, ASSISTANT)}
-
-
-class Unexpressible(Exception):
-    """Why no fixed strings put together what the template renders; the message is one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Around:
-    """What stands before and after a message's content."""
-
-    before: str
-    after: str
+from ..chat_template import (
+    ASSISTANT,
+    MARKS,
+    SYSTEM,
+    USER,
+    Around,
+    Message,
+    Unexpressible,
+    conversations,
+    cut,
+    read_turns,
+    render,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +58,6 @@ class ChatFormat:
             around = self.user if message["role"] == USER else self.assistant
             result += around.before + (system if n == at else "") + message["content"] + around.after
         return result + self.generation
-
-
-def conversations(*, system: bool) -> Iterator[list[Message]]:
-    """Conversations of one to four questions, with a system message or without."""
-    for count in (1, 2, 3, 4):
-        messages = [{"role": SYSTEM, "content": MARKS[SYSTEM][0]}] if system else []
-        for n in range(count):
-            messages.append({"role": USER, "content": MARKS[USER][n]})
-            if n + 1 < count:
-                messages.append({"role": ASSISTANT, "content": MARKS[ASSISTANT][n]})
-        yield messages
 
 
 def read_format(tokenizer: Any) -> ChatFormat:
@@ -117,19 +103,6 @@ def turn_end(tokenizer: Any) -> int | None:
     return next((token for token in ids if token in special), None)
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = True) -> str:
-    """What the template makes of a conversation. Raises Unexpressible where it refuses."""
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise Unexpressible("the tokenizer has no chat template")
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise Unexpressible(f"the chat template refuses {roles}: {' '.join(str(error).split())}") from None
-
-
 def _must_agree(tokenizer: Any, found: ChatFormat, messages: Sequence[Message]) -> None:
     if found.render(messages) != render(tokenizer, messages):
         roles = ", ".join(message["role"] for message in messages)
@@ -138,46 +111,15 @@ def _must_agree(tokenizer: Any, found: ChatFormat, messages: Sequence[Message]) 
         )
 
 
-def _cut(text: str, marks: Sequence[str]) -> list[str]:
-    """The strings before, between and after the marks, which come in this order and once each."""
-    pieces = []
-    for mark in marks:
-        piece, found, text = text.partition(mark)
-        if not found or mark in text:
-            raise Unexpressible("the chat template leaves a message out, or writes one twice")
-        pieces.append(piece)
-    return [*pieces, text]
-
-
 def _without_system(tokenizer: Any) -> ChatFormat:
     """User, assistant and generation; `start` still holds what a default system message writes."""
-    two = list(conversations(system=False))[1]
-    marks = [MARKS[USER][0], MARKS[ASSISTANT][0], MARKS[USER][1]]
-    start, between, again, end = _cut(render(tokenizer, two), marks)
-    answered = _cut(render(tokenizer, two[:2], generation=False), marks[:2])[2]
-    asked = _cut(render(tokenizer, two[:1], generation=False), marks[:1])[1]
-    after_user = _common(tokenizer, _common(tokenizer, between, end), asked)
-    after_assistant = _common(tokenizer, again, answered)
-    before_user = again[len(after_assistant) :]
-    if not start.endswith(before_user):
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    turns = read_turns(partial(render, tokenizer), special)
+    before = turns.user.before
+    if not turns.start.endswith(before):
         raise Unexpressible("the chat template begins the first question otherwise than the next ones")
-    return ChatFormat(
-        start=start[: len(start) - len(before_user)],
-        user=Around(before_user, after_user),
-        assistant=Around(between[len(after_user) :], after_assistant),
-        generation=end[len(after_user) :],
-    )
-
-
-def _common(tokenizer: Any, left: str, right: str) -> str:
-    """What both begin with, no special token cut in two."""
-    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
-    for token in tokenizer.added_tokens_decoder.values():
-        for text in (left, right):
-            at = text.find(token.content, max(0, length - len(token.content) + 1))
-            if 0 <= at < length < at + len(token.content):
-                length = at
-    return left[:length]
+    start = turns.start[: len(turns.start) - len(before)]
+    return ChatFormat(start=start, user=turns.user, assistant=turns.assistant, generation=turns.generation)
 
 
 def _with_system(tokenizer: Any, bare: ChatFormat) -> ChatFormat:
@@ -185,10 +127,10 @@ def _with_system(tokenizer: Any, bare: ChatFormat) -> ChatFormat:
     one, two = list(conversations(system=True))[:2]
     mark, user = MARKS[SYSTEM][0], bare.user.before
     try:
-        head, tail = _cut(render(tokenizer, one), [mark])
+        head, tail = cut(render(tokenizer, one), [mark])
     except Unexpressible:
         return bare
-    middle = _cut(tail, MARKS[USER][:1])[0]
+    middle = cut(tail, MARKS[USER][:1])[0]
     if middle.endswith(user) and not (head.endswith(user) and head[: -len(user)] == bare.start):
         return _in_place(tokenizer, bare, head, middle[: len(middle) - len(user)])
     inside = bare.start + user

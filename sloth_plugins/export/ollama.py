@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .chat import Around, ChatFormat, Unexpressible, read_format, turn_end, unlike_ollama
+from ..chat_template import Around, Unexpressible
+from .chat import ChatFormat, read_format, turn_end, unlike_ollama
 from .sources import ADAPTER, base_folder, model_folder
 
 MODELFILE = "Modelfile"
