@@ -44,5 +44,12 @@ def sloth_trainers() -> list[TrainerSpec]:
         default=False,
         summary="a micro-batch that runs out of memory is run again with a tighter plan; processes plan alike",
     )
-    patches = (one_launch, bookkeeping, async_step, memory_plans)
+    statistics = Patch(
+        name="statistics",
+        target="transformers.trainer:Trainer",
+        # It reads what the runtime knows, so it is part of that.
+        replacement="sloth_plugins.statistics.trainer:measured",
+        summary="throughput, memory and MFU in Trainer's own logs; a table and a picture at the end",
+    )
+    patches = (one_launch, bookkeeping, async_step, memory_plans, statistics)
     return [TrainerSpec(name="trainer", family="trainer", patches=patches)]

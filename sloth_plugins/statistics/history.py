@@ -1,0 +1,96 @@
+"""What a run has logged: from the Trainer itself, or from the trainer_state.json that it left."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import SlothError, nearest
+
+STATE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What we add to the entries that hold a loss: seconds, tokens a second and a device, GiB, GiB, a share.
+SECONDS, SPEED, PEAK, PLANNED, MFU = (
+    "step_seconds",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "planned_memory_gib",
+    "mfu",
+)
+Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A logged number at the steps at which it was logged."""
+
+    steps: list[int]
+    values: list[float]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The log of a run, and how many steps it was meant to have; 0 if that is not known."""
+
+    entries: list[Entry]
+    max_steps: int = 0
+
+    def series(self, name: str) -> Series:
+        """Everything finite that was logged under a name."""
+        found = [(entry["step"], entry[name]) for entry in self.entries if _is_number(entry, name)]
+        return Series([int(step) for step, _ in found], [float(value) for _, value in found])
+
+    def last(self, name: str) -> float | None:
+        """The last that was logged under a name."""
+        values = self.series(name).values
+        return values[-1] if values else None
+
+
+def _is_number(entry: Entry, name: str) -> bool:
+    both = entry.get("step"), entry.get(name)
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in both)
+
+
+def read(folder: Path) -> History:
+    """What lies in a run's output folder: its own trainer_state.json or a checkpoint's, whichever is further on.
+
+    Raises SlothError where there is none, or where it cannot be read.
+    """
+    try:
+        if not folder.is_dir():
+            siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise SlothError(f"{folder} is no folder{nearest(folder.name, siblings)}")
+        states = [_state(path) for path in _candidates(folder) if path.is_file()]
+    except OSError as error:
+        raise SlothError(f"{folder} cannot be read: {error}") from None
+    if not states:
+        raise SlothError(
+            f"{folder} holds no {STATE}, nor a checkpoint-N folder with one; Trainer writes it with each checkpoint, "
+            "and trainer.save_state() without one"
+        )
+    state = max(states, key=lambda state: int(state.get("global_step") or 0))
+    return History(state["log_history"], int(state.get("max_steps") or 0))
+
+
+def _candidates(folder: Path) -> Iterable[Path]:
+    """Where a state may lie: in the newest checkpoint that has one, and in the folder itself."""
+    steps = {int(match[1]): path for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
+    newest = next((path for _, path in sorted(steps.items(), reverse=True) if (path / STATE).is_file()), None)
+    return [folder / STATE] if newest is None else [newest / STATE, folder / STATE]
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SlothError(f"{path} cannot be read: {error}") from None
+    entries = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SlothError(f"{path} has no log_history, so no Trainer has written it")
+    return dict(state)

@@ -1,0 +1,61 @@
+"""The table at the end of a training, in lines."""
+
+import statistics
+from collections.abc import Iterator
+
+from ..report import columns
+from .history import MFU, PEAK, PLANNED, SECONDS, SPEED, History, Series
+
+
+def lines(history: History) -> list[str]:
+    """A first line that says how long the run was, and a row for everything that was logged."""
+    return [_head(history), *columns(list(_rows(history)))]
+
+
+def _head(history: History) -> str:
+    steps = max((int(entry.get("step") or 0) for entry in history.entries), default=0)
+    seconds = history.last("train_runtime")
+    return f"{steps} steps{'' if seconds is None else f' in {_duration(seconds)}'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _rows(history: History) -> Iterator[tuple[str, str]]:
+    for label, name in (("training loss", "loss"), ("eval loss", "eval_loss")):
+        if series := history.series(name):
+            yield label, _loss(series)
+    seconds, speed, mfu = (_settled(history.series(name)) for name in (SECONDS, SPEED, MFU))
+    if seconds:
+        among = f", {_time(min(seconds))} to {_time(max(seconds))}" if len(seconds) > 1 else ""
+        yield "time a step", f"{_time(statistics.median(seconds))}{among}"
+    if speed:
+        yield "tokens a second", f"{statistics.median(speed):,.0f} on each device"
+    if mfu:
+        yield "MFU", f"{statistics.median(mfu):.1%} of the card's peak"
+    peak, planned = history.series(PEAK).values, history.series(PLANNED).values
+    if peak:
+        of = f", {max(planned):.1f} planned" if planned else ""
+        yield "peak memory", f"{max(peak):.1f} GiB{of}"
+
+
+def _loss(series: Series) -> str:
+    values = series.values
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    lowest, step = min(zip(values, series.steps, strict=True))
+    return f"{values[0]:.4f} at first, {values[-1]:.4f} at last, lowest {lowest:.4f} at step {step}"
+
+
+def _settled(series: Series) -> list[float]:
+    """Without the first, in which kernels are compiled, where there are others."""
+    return series.values[1:] or series.values
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
