@@ -21,8 +21,33 @@ FUSED_HEAD = {
 FUSED_HEAD_CODE = ("c92759fb12e86212", "ed06b64a6afca47a")
 
 
-def _trainer(name: str, patch: Patch) -> TrainerSpec:
-    return TrainerSpec(name=f"trl_{name}", family="trl", patches=(patch,))
+# Trainers that took in their constructors what their configs take now.
+LEGACY = {
+    "sft": ("trl.trainer.sft_trainer:SFTTrainer",),
+    "dpo": ("trl.trainer.dpo_trainer:DPOTrainer",),
+    "kto": ("trl.trainer.kto_trainer:KTOTrainer", "trl.experimental.kto.kto_trainer:KTOTrainer"),
+    "reward": ("trl.trainer.reward_trainer:RewardTrainer",),
+    "orpo": ("trl.experimental.orpo.orpo_trainer:ORPOTrainer",),
+    "cpo": ("trl.experimental.cpo.cpo_trainer:CPOTrainer",),
+}
+
+
+def _trainer(name: str, *patches: Patch) -> TrainerSpec:
+    return TrainerSpec(name=f"trl_{name}", family="trl", patches=(*patches, *_legacy(name)))
+
+
+def _legacy(name: str) -> Iterator[Patch]:
+    """Whether a call fits is asked of the installed class, so that no fingerprint of its constructor is needed."""
+    if name in LEGACY:
+        yield Patch(
+            name="trl_legacy_arguments",
+            target=LEGACY[name][0],
+            formerly=LEGACY[name][1:],
+            replacement=f"{TRAINERS}.legacy_arguments:translated",
+            requires=("trl>=0.27",),
+            constructor=True,
+            summary="tokenizer=, max_seq_length= and others that TRL has moved, taken where they were",
+        )
 
 
 def _experimental(name: str, trainer: str, replacement: str, *methods: str, since: str = "0.27") -> TrainerSpec:
@@ -57,6 +82,7 @@ def sloth_trainers() -> Iterator[TrainerSpec]:
                 summary="log-probabilities in two products where the head is frozen; TRL needs three",
             ),
         )
+    yield _trainer("reward")
     yield _experimental("orpo", "ORPOTrainer", "preference:odds_ratio", "get_batch_loss_metrics", "get_batch_logps")
     yield _experimental("cpo", "CPOTrainer", "preference:odds_ratio", "get_batch_loss_metrics", "get_batch_logps")
     yield _experimental("tpo", "TPOTrainer", "preference:triple", "_compute_loss", since="1.4")

@@ -146,6 +146,9 @@ class Patch:
     record must be known to it, and any other that fits the signature is patched. A patch with `default=False` runs only
     when it is selected by name. A patch with a `layout` is one of the layer that the layout describes: its factory gets
     the layout as its second argument.
+    A patch of a trainer's `constructor` acts before there is a trainer: its factory gets the class and returns a
+    function of the positional and the keyword arguments of a call, which returns those that the class gets instead,
+    and a text that says what it has changed, empty where that is nothing.
     """
 
     name: str
@@ -161,6 +164,7 @@ class Patch:
     default: bool = True
     summary: str = ""
     layout: BlockLayout | None = None
+    constructor: bool = False
 
     def __post_init__(self) -> None:
         owner = f"Patch {self.name!r}"
@@ -266,6 +270,9 @@ class ArchitectureSpec:
         if isinstance(self.model_types, str) or not self.model_types:
             raise SpecError(f"{owner}: model_types={self.model_types!r} is not a tuple of config.model_type values")
         _check_patches(owner, self.patches)
+        for patch in self.patches:
+            if patch.constructor:
+                raise SpecError(f"{owner}: patch {patch.name!r} is one of a constructor, which only a TrainerSpec has")
         if self.layout is not None and not isinstance(self.layout, BlockLayout):
             raise SpecError(f"{owner}: layout={self.layout!r} is not a BlockLayout")
         if self.backbone is not None:

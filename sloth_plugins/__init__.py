@@ -12,9 +12,10 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .activation import activate, deactivate
     from .errors import SlothError
+    from .loading import FastLanguageModel
     from .patching import patch, revert
 
-__all__ = ["SlothError", "__version__", "activate", "deactivate", "patch", "revert"]
+__all__ = ["FastLanguageModel", "SlothError", "__version__", "activate", "deactivate", "patch", "revert"]
 
 _HOME = {
     "activate": "activation",
@@ -22,6 +23,7 @@ _HOME = {
     "patch": "patching",
     "revert": "patching",
     "SlothError": "errors",
+    "FastLanguageModel": "loading",
 }
 
 

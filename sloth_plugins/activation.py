@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import seams
 from .errors import SlothError
@@ -16,17 +16,21 @@ from .processes import rank
 from .selection import VARIABLE, Selection, check_names, parse
 from .watching import Watcher
 
+if TYPE_CHECKING:
+    from .discovery import Plugins
+
 # Run with `python -m`, these start training processes or serve a test run; installed commands are told by their folder.
 LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed.", "trl.", "transformers.", "pytest")
 
 
 @dataclass(slots=True)
 class Activation:
-    """What is active: the selection, whether a model has come, and which lines were printed."""
+    """What is active: the selection, whether a model has come or need not, and which lines were printed."""
 
     selection: Selection
     watcher: Watcher = field(default_factory=Watcher)
     reached: bool = False
+    expects_training: bool = True
     printed: set[str] = field(default_factory=set)
 
 
@@ -47,13 +51,19 @@ def _check_names_now(selection: Selection) -> None:
     While a plugin cannot be loaded its names are unknown; the check is then left to the seam, where the import cycle
     that may have caused it is over.
     """
+    known = _known_now()
+    if not known.problems:
+        check_names(selection, known.catalogue())
+
+
+def _known_now() -> "Plugins":
+    """The plugins that can be loaded now; they are loaded anew later if one cannot be."""
     from .discovery import plugins
 
     known = plugins()
     if known.problems:
         plugins.cache_clear()
-    else:
-        check_names(selection, known.catalogue())
+    return known
 
 
 def activate(selection: str | None = None) -> None:
@@ -77,6 +87,26 @@ def activate(selection: str | None = None) -> None:
     atexit.register(_say_if_nothing_came)
     for module in seams.SEAMS:
         _active.watcher.when_imported(module, _module_came)
+    for module in seams.TRAINERS:
+        _active.watcher.when_imported(module, _trainers_came)
+
+
+def activate_unless_chosen(also: str = "") -> None:
+    """Activate for a model that is loaded here: as SLOTH_PLUGINS says, or the defaults where it is not set.
+
+    What is active already stays so, and what was switched off stays off. `also` are further terms of a selection; one
+    of the user's that takes something away comes after them, and wins.
+    """
+    chosen = os.environ.get(VARIABLE, "1") if _active is None else _active.selection.text
+    if parse(chosen).is_off:
+        return
+    by_us = _active is None and VARIABLE not in os.environ
+    new = [term for term in also.split(",") if term and term not in chosen.split(",")]
+    # Before a selection that begins with an exclusion stand all defaults.
+    defaults = ["1"] if new and chosen.startswith("-") else []
+    activate(",".join([*new, *defaults, chosen]))
+    if by_us and _active is not None:
+        _active.expects_training = False
 
 
 def deactivate() -> None:
@@ -97,6 +127,20 @@ def _module_came(module: ModuleType) -> None:
         missing = [f"{module.__name__} ({type(error).__name__}: {error})"]
     for name in missing:
         _say(f"sloth-plugins: {name} is not what it was, so no model is patched there; call sloth_plugins.patch(model)")
+
+
+def _trainers_came(module: ModuleType) -> None:
+    """Translate calls of the constructors of a module's trainers, in what way the patches of them do."""
+    try:
+        from .construction import open_constructors
+
+        open_constructors(module, _known_now(), _selected, lambda line: _say(f"sloth-plugins: {line}"))
+    except Exception as error:  # noqa: BLE001 - as above
+        _say(f"sloth-plugins: {module.__name__} is left as it is ({type(error).__name__}: {error})")
+
+
+def _selected() -> Selection | None:
+    return None if _active is None else _active.selection
 
 
 def enter(model: Any, is_compiled: bool = False, trainer: Any = None) -> None:
@@ -178,7 +222,9 @@ def _is_installed_program() -> bool:
 
 def _say_if_nothing_came() -> None:
     """Nothing is ever silently not applied. An exception on its way out is the better message."""
-    if _active is None or _active.reached or parent_process() is not None or _is_installed_program():
+    if _active is None or _active.reached or not _active.expects_training:
+        return
+    if parent_process() is not None or _is_installed_program():
         return
     patching = sys.modules.get(f"{__package__}.patching")
     if getattr(sys, "last_type", None) is not None or (patching is not None and patching.was_called_by_hand()):

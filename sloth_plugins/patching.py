@@ -9,7 +9,7 @@ import torch
 
 from sloth_plugins.registry import Environment, Outcome, PlanItem, Report, Skip
 
-from . import application, trainers
+from . import application, construction, trainers
 from .compatibility import verdict
 from .discovery import Plugins, plugins
 from .environment import probe
@@ -120,7 +120,8 @@ def _plan(
         patches = known.patches(name)
         items += make_plan(known.architectures[name], patches, configs, selection, environment, known).items
     for spec in known.trainers.values() if trainer is not None else ():
-        meant = [patch for patch in spec.patches if trainers.target_class(patch, trainer) is not None]
+        made = [patch for patch in spec.patches if not patch.constructor]
+        meant = [patch for patch in made if trainers.target_class(patch, trainer) is not None]
         if meant:
             args = getattr(trainer, "args", None)
             items += make_plan(spec, meant, [args], selection, environment, known).items
@@ -171,6 +172,7 @@ def examine(
         outcome = _outcome(item, by_binding.get(id(binding)), kind)
         outcomes.append(replace(outcome, tested=_tested(item, territory, environment)))
     _refuse_if_named(items, outcomes, selection)
+    outcomes += construction.outcomes_of(trainer)
     changed = 0 if dry else application.apply(wanted)
     if trainer is not None and not dry:
         trainers.remember(trainer)

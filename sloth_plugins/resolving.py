@@ -16,6 +16,8 @@ from .origin import foreign_layer
 from .scoped import ScopedFunction, is_unused_stand_in, original_of, scoped_function, with_signature
 
 Forward = Callable[..., Any]
+Translate = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any], str]]
+"""The arguments of a call of a constructor, in, and those that it gets, with what was changed in words, out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,5 +278,19 @@ def bind_trainer(patch: Patch, kind: type) -> Binding | Skip:
                 return Skip(f"{defining.__qualname__}.{name} was replaced by {foreign}")
         drift = _replaced_drift(patch)
         return Binding(patch, kind, lambda below: _make_methods(factory, patch, below), drift=drift)
+    except Refused as refused:
+        return refused.skip
+
+
+def bind_constructor(patch: Patch, kind: type) -> Translate | Skip:
+    """Resolve a patch of the constructor of a class; a `Skip` says what is missing or not upstream's."""
+    try:
+        _, factory = _look_up(patch.replacement, "replacement")
+        defining = _defining(kind, "__init__")
+        foreign = foreign_layer(vars(defining)["__init__"], defining.__module__)
+        if foreign is not None:
+            return Skip(f"{defining.__qualname__}.__init__ was replaced by {foreign}")
+        translate: Translate = factory(kind)
+        return translate
     except Refused as refused:
         return refused.skip

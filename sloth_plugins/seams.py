@@ -1,6 +1,7 @@
 """Where a model enters training: `Trainer.train`, `Accelerator.prepare`, and evaluation without training.
 
-By then PEFT has wrapped it and TRL has attached its head, and nothing is sharded or compiled yet.
+By then PEFT has wrapped it and TRL has attached its head, and nothing is sharded or compiled yet. And where a
+trainer is made, for what has to happen before.
 """
 
 import functools
@@ -49,6 +50,20 @@ SEAMS: dict[str, tuple[tuple[str, str, Callable[..., Iterator[Entering]]], ...]]
     ),
 }
 
+# Modules with trainers whose constructors there are patches for.
+TRAINERS = (
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.kto_trainer",
+    "trl.trainer.reward_trainer",
+    "trl.experimental.kto.kto_trainer",
+    "trl.experimental.orpo.orpo_trainer",
+    "trl.experimental.cpo.cpo_trainer",
+)
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Translator = Callable[[Any, tuple[Any, ...], dict[str, Any]], Arguments]
+"""Called with an object that is being made and the arguments of its constructor; returns those that this gets."""
+
 _wrapped: list[tuple[type, str, Any, Any]] = []
 
 
@@ -78,6 +93,19 @@ def open_seams(module: ModuleType, enter: Enter) -> list[str]:
         else:
             missing.append(f"{module.__name__}.{class_name}.{method}")
     return missing
+
+
+def open_constructor(kind: type, translate: Translator) -> None:
+    """Wrap the constructor of a class, so that it gets what `translate` makes of its arguments."""
+    original: Callable[..., None] = kind.__init__  # type: ignore[misc]  # of this very class
+
+    @functools.wraps(original)
+    def seam(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = translate(self, args, kwargs)
+        original(self, *args, **kwargs)
+
+    _wrapped.append((kind, "__init__", vars(kind).get("__init__"), seam))
+    kind.__init__ = seam  # type: ignore[misc]  # as long as the seams are open
 
 
 def close_seams() -> None:

@@ -1,0 +1,65 @@
+"""LoRA adapters for a loaded model, by PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import SlothError
+from .attached import attach
+from .checkpointing import set_checkpointing
+from .said import say
+
+# What other loaders take here and what means nothing to PEFT.
+MEANINGLESS = ("max_seq_length", "temporary_location")
+# Trained as they are where a script names them among the linear layers.
+WHOLE = ("embed_tokens", "lm_head")
+
+
+def adapt(
+    model: Any, given: dict[str, Any], loftq: Any, use_gradient_checkpointing: bool | str, random_state: int | None
+) -> Any:
+    """The PeftModel of a model; `given` are fields of LoraConfig."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import PreTrainedModel, set_seed
+
+    if isinstance(model, PeftModel):
+        raise SlothError(
+            f"the {type(model).__name__} has adapters already; train it as it is, or merge them first "
+            "(save_pretrained_merged) and load what comes of it"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise SlothError(f"get_peft_model() takes a transformers model, not {type(model).__name__} {model!r:.60}")
+    given = {name: value for name, value in given.items() if name not in MEANINGLESS}
+    given = {**given, **_whole_modules(given), **_loftq(model, loftq)}
+    config = LoraConfig(task_type="CAUSAL_LM", **given)
+    if random_state is not None:
+        set_seed(random_state)
+    adapted = get_peft_model(model, config)
+    set_checkpointing(model, use_gradient_checkpointing)
+    return attach(adapted)
+
+
+def _whole_modules(given: dict[str, Any]) -> dict[str, Any]:
+    targets = given["target_modules"]
+    whole = [] if isinstance(targets, str) else [name for name in targets if name in WHOLE]
+    if not whole:
+        return {}
+    say(f"{' and '.join(whole)} in target_modules: trained whole, without adapters, as modules_to_save has it")
+    return {
+        "target_modules": [name for name in targets if name not in WHOLE],
+        "modules_to_save": list(dict.fromkeys([*(given["modules_to_save"] or ()), *whole])),
+    }
+
+
+def _loftq(model: Any, loftq: Any) -> dict[str, Any]:
+    """LoftQ's fields of LoraConfig; it starts from weights in full precision, and quantises them itself."""
+    if not loftq:
+        return {}
+    from peft import LoftQConfig
+
+    if getattr(model, "is_quantized", False):
+        raise SlothError("loftq_config needs a model that is not quantised; load it without load_in_4bit and 8bit")
+    return {
+        "init_lora_weights": "loftq",
+        "loftq_config": LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq,
+    }

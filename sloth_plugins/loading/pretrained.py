@@ -1,0 +1,177 @@
+"""Load a model and its tokenizer: where they lie, in which dtype, quantised or not, on which device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SlothError, nearest
+from .attached import attach
+from .checkpointing import set_checkpointing
+from .said import say
+
+if TYPE_CHECKING:
+    import torch
+
+# Options of other loaders about their own inference engines, files and kernels.
+IGNORED = (
+    *("fast_inference", "gpu_memory_utilization", "max_lora_rank", "float8_kv_cache", "disable_log_stats"),
+    *("fix_tokenizer", "use_exact_model_name", "unsloth_vllm_standby", "offload_embedding", "load_in_16bit"),
+)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load(
+    model_name: str,
+    max_seq_length: int | None,
+    dtype: torch.dtype | str | None,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    full_finetuning: bool,
+    *,
+    tokenizer_name: str | None = None,
+    random_state: int | None = None,
+    resize_model_vocab: int | None = None,
+    use_gradient_checkpointing: bool | str | None = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """As `FastLanguageModel.from_pretrained`."""
+    from transformers import AutoTokenizer, set_seed
+
+    if load_in_4bit and load_in_8bit:
+        raise SlothError("load_in_4bit and load_in_8bit are both set; choose one")
+    if full_finetuning and (load_in_4bit or load_in_8bit):
+        raise SlothError("full_finetuning trains all weights, which quantised ones do not; load without load_in_4bit")
+    ignored = [name for name in IGNORED if name in options and options.pop(name)]
+    if ignored:
+        say(f"{', '.join(ignored)} of from_pretrained: nothing here goes by that; ignored")
+    if random_state is not None:
+        set_seed(random_state)
+    name = _place(model_name)
+    options = {**options, "dtype": choose_dtype(dtype)}
+    options.setdefault("device_map", _device_map())
+    model = _load(name, load_in_4bit, load_in_8bit, options)
+    hub = {key: options[key] for key in ("token", "revision", "trust_remote_code", "cache_dir") if key in options}
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or _tokenizer_place(name, model), **hub)
+    if max_seq_length is not None:
+        tokenizer.model_max_length = max_seq_length
+        _say_if_too_long(model, max_seq_length)
+    if resize_model_vocab is not None:
+        model.resize_token_embeddings(resize_model_vocab)
+    if full_finetuning:
+        model.requires_grad_(True)
+        set_checkpointing(model, use_gradient_checkpointing or False)
+    return attach(model, tokenizer, max_seq_length), tokenizer
+
+
+def choose_dtype(dtype: torch.dtype | str | None) -> Any:
+    """The dtype of the weights: the one that is named, or what the card computes in; "auto" is the checkpoint's."""
+    import torch
+
+    if isinstance(dtype, str) and dtype != "auto":
+        name = dtype.removeprefix("torch.")
+        if name not in DTYPES:
+            raise SlothError(
+                f"dtype={dtype!r} is not known{nearest(name, DTYPES)}; there are {', '.join(DTYPES)}, auto"
+            )
+        return getattr(torch, name)
+    if dtype is not None:
+        return dtype
+    if not torch.cuda.is_available():
+        return torch.float32
+    # Cards before Ampere only emulate it.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _device_map() -> dict[str, int] | None:
+    """Each process's own card; None without one, or where accelerate shards the weights itself."""
+    import torch
+
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+    return {"": int(os.environ.get("LOCAL_RANK", "0"))} if torch.cuda.is_available() and not sharded else None
+
+
+def _place(model_name: str) -> str:
+    """A folder, or a hub id as it is; a run's folder is its newest checkpoint."""
+    folder = Path(model_name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder)
+    # A hub id is a name, or an owner and a name.
+    if folder.is_dir() or folder.is_absolute() or str(model_name).startswith(".") or len(folder.parts) > 2:
+        from ..export.sources import model_folder
+
+        return str(model_folder(folder))
+    return str(model_name)
+
+
+def _tokenizer_place(name: str, model: Any) -> str:
+    """Where the tokenizer is: with the model, or with the base of an adapter that came without one."""
+    from ..export.sources import TOKENIZER
+
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER):
+        return str(model.config.name_or_path or name)
+    return name
+
+
+def _load(name: str, load_in_4bit: bool, load_in_8bit: bool, options: dict[str, Any]) -> Any:
+    from peft import AutoPeftModelForCausalLM, PeftConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    hub = {key: options[key] for key in ("token", "revision", "cache_dir") if key in options}
+    try:
+        is_adapter = find_adapter_config_file(name, **hub) is not None
+        base = PeftConfig.from_pretrained(name, **hub).base_model_name_or_path if is_adapter else name
+        trusted = {"trust_remote_code": options.get("trust_remote_code", False)}
+        config = AutoConfig.from_pretrained(base, **({} if is_adapter else hub), **trusted)
+    except (OSError, ValueError) as error:
+        raise SlothError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None and (load_in_4bit or load_in_8bit):
+        options = {**options, "quantization_config": _bits(load_in_4bit, options["dtype"])}
+    elif quantised is not None and not _is(quantised, load_in_4bit, load_in_8bit):
+        say(f"{name} is quantised already ({_described(quantised)}), and is loaded as it is")
+    if is_adapter:
+        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+    return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+def _bits(four: bool, dtype: Any) -> Any:
+    """bitsandbytes' NF4 with double quantisation, or its int8."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not four:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else choose_dtype(None),
+    )
+
+
+def _said_by(quantised: Any, key: str) -> Any:
+    return quantised.get(key) if isinstance(quantised, dict) else getattr(quantised, key, None)
+
+
+def _is(quantised: Any, four: bool, eight: bool) -> bool:
+    """Whether a checkpoint has the bits that were asked for."""
+    return (four and bool(_said_by(quantised, "load_in_4bit"))) or (eight and bool(_said_by(quantised, "load_in_8bit")))
+
+
+def _described(quantised: Any) -> str:
+    bits = next((f" in {bits} bits" for bits in (4, 8) if _said_by(quantised, f"load_in_{bits}bit")), "")
+    method = _said_by(quantised, "quant_method") or "bitsandbytes"
+    return f"{getattr(method, 'value', method)}{bits}"
+
+
+def _say_if_too_long(model: Any, length: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        say(
+            f"max_seq_length={length} is more than the {positions} positions that the model was trained for; "
+            f'rope_scaling={{"rope_type": "linear", "factor": {length / positions:.4g}}} stretches them'
+        )
