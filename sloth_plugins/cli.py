@@ -1,4 +1,4 @@
-"""The command line: list, plan, doctor, verify, stats, export, demo. A user's mistake is one line and exit code 2."""
+"""The command line, from list to demo. A user's mistake is one line and exit code 2."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .bench.command import bench
 from .discovery import Plugins, plugins
 from .errors import nearest
 from .export.command import app as export
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(export, name="export")
 app.command()(stats)
+app.command()(bench)
 
 Model = Annotated[str, typer.Option("--model", help="a folder, a config.json, or a hub id", show_default=False)]
 Select = Annotated[
