@@ -51,14 +51,24 @@ class Markers:
         while at >= 0:
             start = at + len(self.response)
             header = self._begins.search(text, start)
-            end = header.start() if header else len(text)
+            end = header.start() if header else self._cut_end(text)
             closed = text.find(closing, start, end) if closing else -1
             if closed >= 0:
                 end = closed + len(closing)
                 space = self.after[self.after.index(closing) + len(closing) :]
                 end += len(space) if text.startswith(space, end) else 0
-            yield start, end
+            yield start, max(start, end)
             at = text.find(self.response, start)
+
+    def _cut_end(self, text: str) -> int:
+        """Where a text ends, without the beginning of a turn that a cut left of its header."""
+        found = len(text)
+        for header in self.headers:
+            turn = self.after + header
+            for length in range(len(turn) - 1, len(self.after), -1):
+                if text.endswith(turn[:length]):
+                    found = min(found, len(text) - length + len(self.after))
+        return found
 
     def mask(self, ids: Sequence[int], tokens: TokenText) -> list[bool]:
         """Which tokens are the assistant's; one that is so only in part is, if the rest of it is space.
@@ -119,7 +129,7 @@ def _response(turns: Turns, special: Sequence[str]) -> str:
     for text in (common(special, before, turns.generation), before):
         if text.strip(WHITE):
             return text
-    return turns.user.after + before
+    return turns.user.after + turns.generation
 
 
 def _other_headers(show: Any, turns: Turns) -> Iterator[str]:

@@ -28,8 +28,9 @@ def train_on_responses_only(trainer: Any, instruction_part: str | None = None, r
     Where the tokenizer's own chat template marks the assistant (`{% generation %}`) and a row still has its messages,
     it says which tokens are meant. Else answers lie between the strings that the template writes around them, found by
     rendering; or after `response_part` until the next `instruction_part`, for text that was made without it. Packed
-    rows are taken apart by `seq_lengths`. Labels that were -100 stay so. Rows without an answer are left out and
-    counted. One example of what is trained on is printed.
+    rows are taken apart by `seq_lengths`; of rows that are cut anywhere (`packing_strategy="wrapped"`), the end of an
+    answer that began in the row before is not trained on. Labels that were -100 stay so. Rows without an answer are
+    left out and counted. One example of what is trained on is printed.
 
     Raises SlothError where the data is not tokenised, no markers can be found, or nothing would be left to train on.
     """
@@ -138,7 +139,7 @@ def _mask(dataset: Any, answers: Answers, name: str, processes: int | None) -> A
     example = masked[int(kept[0])] if len(kept) else None
     _must_be(example, dataset, answers, name)
     lost = len(masked) - len(kept)
-    left = f" {lost} rows without an answer are left out." if lost else ""
+    left = f" {lost} of {len(masked)} rows have no answer and are left out." if lost else ""
     say(
         f"{name} data: loss on the answers alone, {counts[TRAINED].sum()} of {counts[ALL].sum()} tokens in {len(kept)} "
         f"rows.{left} In the first row it is on\n{_shown(example, answers)}"

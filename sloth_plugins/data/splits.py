@@ -25,7 +25,9 @@ def each_split(dataset: Any, work: Callable[[Any], Any]) -> Any:
 
 def is_streaming(dataset: Any) -> bool:
     """Whether rows come one after another, so that none can be asked for by its number."""
-    return not hasattr(dataset, "__getitem__")
+    from datasets import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
 
 
 def column_names(dataset: Any) -> list[str]:
