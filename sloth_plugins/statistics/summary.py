@@ -40,8 +40,8 @@ def _rows(history: History) -> Iterator[tuple[str, str]]:
         yield "MFU", f"{statistics.median(mfu):.1%} of the card's peak"
     peak, planned = history.series(PEAK).values, history.series(PLANNED).values
     if peak:
-        of = f", {max(planned):.1f} planned" if planned else ""
-        yield "peak memory", f"{max(peak):.1f} GiB{of}"
+        of = f", {max(planned):.2f} planned" if planned else ""
+        yield "peak memory", f"{max(peak):.2f} GiB{of}"
 
 
 def _loss(series: Series) -> str:
