@@ -130,7 +130,7 @@ def _mask(dataset: Any, answers: Answers, name: str, processes: int | None) -> A
         rows = first_rows(masked, LOOKED_AT)
         example = next((row for row in rows if row[TRAINED]), None)
         _must_be(example, dataset, answers, name)
-        say(f"{name} data, streaming: loss on the answers alone. In the first row it is on\n{_shown(example, answers)}")
+        say(f"{name} data, streaming: loss on the answers alone. {_shown(example, answers)}")
         return masked.filter(_has_answer).remove_columns([TRAINED, ALL])
     masked = dataset.map(answers.labels, num_proc=processes, desc=f"Answers of the {name} data")
     counts = masked.with_format("numpy", columns=[TRAINED, ALL])[:]
@@ -142,7 +142,7 @@ def _mask(dataset: Any, answers: Answers, name: str, processes: int | None) -> A
     left = f" {lost} of {len(masked)} rows have no answer and are left out." if lost else ""
     say(
         f"{name} data: loss on the answers alone, {counts[TRAINED].sum()} of {counts[ALL].sum()} tokens in {len(kept)} "
-        f"rows.{left} In the first row it is on\n{_shown(example, answers)}"
+        f"rows.{left} {_shown(example, answers)}"
     )
     return masked.select(kept) if lost else masked
 
@@ -164,13 +164,14 @@ def _must_be(example: Any, dataset: Any, answers: Answers, name: str) -> None:
 
 
 def _shown(row: Any, answers: Answers) -> str:
-    """What is trained on in a row, as text, with what is not as [...]."""
+    """A row as text, with [...] for what is not trained on."""
     pairs = zip(_plain(row["input_ids"]), _plain(row["labels"]), strict=True)
     parts = []
     for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
         parts.append(answers.tokenizer.decode([id for id, _ in run]) if trained else "[...]")
     text = "".join(parts)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+    return f"One row, with what is masked as [...]:\n{text}"
 
 
 def _keep_labels(trainer: Any, tokenizer: Any) -> None:

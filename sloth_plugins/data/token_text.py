@@ -26,6 +26,10 @@ class TokenText:
         decoder = None if core is None else core.decoder
         self._bytes = _byte_alphabet() if decoder is not None and b"ByteLevel" in decoder.__getstate__() else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `datasets` caches by what a function holds, which must not change with the tokens that were read so far.
+        return TokenText, (self.tokenizer,)
+
     def piece(self, id: int) -> str:
         """One token's bytes."""
         if id not in self._pieces:
@@ -48,7 +52,7 @@ class TokenText:
 
 
 def _byte_alphabet() -> dict[str, str]:
-    """The letters that byte-level vocabularies write bytes with."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {letter: chr(byte) for byte, letter in bytes_to_unicode().items()}
+    """GPT-2's letters for bytes: those of Latin-1 that can be seen stand for themselves, the rest come from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(0x100)) - set(seen))
+    return {chr(byte): chr(byte) for byte in seen} | {chr(0x100 + n): chr(byte) for n, byte in enumerate(others)}
