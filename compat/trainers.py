@@ -158,8 +158,8 @@ def options(recipe: Recipe, folder: str) -> dict[str, Any]:
     }
 
 
-def build(kind: type, folder: str, *, adapters: bool) -> Any:
-    """The trainer, ready to train."""
+def build(kind: type, folder: str, *, adapters: bool, legacy: bool = False) -> Any:
+    """The trainer, ready to train; `legacy` passes to its constructor what older versions took there."""
     from transformers import set_seed
 
     recipe = RECIPES[kind.__name__]
@@ -176,11 +176,15 @@ def build(kind: type, folder: str, *, adapters: bool) -> Any:
     model.config._name_or_path = folder
     parts: dict[str, Any] = {"teacher_model": network(7), "reward_funcs": reward}
     taken = inspect.signature(kind).parameters
+    given = {name: value for name, value in options(recipe, folder).items() if name in known}
+    parts["tokenizer" if legacy else "processing_class"] = tokenizer()
+    if legacy:
+        parts["max_length"] = given.pop("max_length")
     return kind(
         model=lora(model) if adapters else model,
-        args=config(**{name: value for name, value in options(recipe, folder).items() if name in known}),
+        args=config(**given),
         train_dataset=rows(recipe.row),
-        processing_class=tokenizer(),
+        **{name: part for name, part in parts.items() if name not in ("teacher_model", "reward_funcs")},
         **{name: parts[name] for name in recipe.parts if name in taken},
     )
 
@@ -267,14 +271,14 @@ def resolve(cell: Cell, spec: Any, patch: Any) -> type | None:
     from sloth_plugins.environment import probe
     from sloth_plugins.planning import unmet_condition
     from sloth_plugins.registry import Skip
-    from sloth_plugins.resolving import bind_trainer
+    from sloth_plugins.resolving import bind_constructor, bind_trainer
 
     if cell.is_unsupported(unmet_condition(patch, spec, None, probe())):
         return None
     kind = find_class(cell, patch)
     if kind is None:
         return None
-    bound = bind_trainer(patch, kind)
+    bound: Any = bind_constructor(patch, kind) if patch.constructor else bind_trainer(patch, kind)
     if isinstance(bound, Skip):
         cell.fail("signature" if "signature" in bound.reason else "target", bound.reason)
         return None
@@ -299,8 +303,30 @@ def run(cell: Cell, spec: Any, name: str) -> None:
         cell.reason = patch.status.note if trained else f"{kind.__name__} is not trained in the matrix"
     if not trained:
         return
+    check = check_constructor if patch.constructor else check_training
     for adapters in (False, True):
-        check_training(cell, kind, f"{spec.name}:{name}", adapters=adapters)
+        check(cell, kind, f"{spec.name}:{name}", adapters=adapters)
+
+
+def check_constructor(cell: Cell, kind: type, selection: str, *, adapters: bool) -> None:
+    """A trainer called as older versions had it trains as one that is called as this version has it."""
+    import sloth_plugins
+    from sloth_plugins.construction import outcomes_of
+
+    what = "with adapters" if adapters else "with all weights"
+    own = vars(kind)["__init__"]
+    with tempfile.TemporaryDirectory() as folder:
+        stock = train(build(kind, folder, adapters=adapters), "")
+        sloth_plugins.activate(selection)
+        try:
+            trainer = build(kind, folder, adapters=adapters, legacy=True)
+        finally:
+            sloth_plugins.deactivate()
+        if vars(kind)["__init__"] is not own:
+            cell.fail("revert", f"{kind.__name__} has another constructor {what}")
+        found = train(trainer, "")
+        found.patched = len(outcomes_of(trainer))
+        compare(cell, found, stock, what)
 
 
 def check_training(cell: Cell, kind: type, selection: str, *, adapters: bool) -> None:

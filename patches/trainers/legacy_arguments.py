@@ -28,6 +28,8 @@ FIELDS = {
 }
 # What has no counterpart where the config does not have it, and why a call can do without.
 GONE = {"max_prompt_length": "prompt and completion are cut together, at max_length"}
+# Where a trainer cannot do with the default of TrainingArguments, and its config has one of its own.
+OWN = ("train_sampling_strategy", "remove_unused_columns")
 
 
 def translated(trainer: type) -> Callable[[tuple[Any, ...], dict[str, Any]], Arguments]:
@@ -74,6 +76,11 @@ def _config(kind: Any, arguments: Any, values: Mapping[str, Any]) -> Any:
         return kind(output_dir="trainer_output", **values)
     if isinstance(arguments, kind):
         return dataclasses.replace(arguments, **values)
-    names = {field.name for field in dataclasses.fields(kind) if field.init}
-    fields = {field.name for field in dataclasses.fields(arguments) if field.init}
-    return kind(**{**{name: getattr(arguments, name) for name in names & fields}, **values})
+    fields = {field.name for field in dataclasses.fields(kind) if field.init}
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(arguments)
+        if field.init and field.name in fields
+        if field.name not in OWN or getattr(arguments, field.name) != field.default
+    }
+    return kind(**{**given, **values})

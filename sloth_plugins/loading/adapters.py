@@ -55,10 +55,13 @@ def _loftq(model: Any, loftq: Any) -> dict[str, Any]:
     """LoftQ's fields of LoraConfig; it starts from weights in full precision, and quantises them itself."""
     if not loftq:
         return {}
+    import torch
     from peft import LoftQConfig
 
     if getattr(model, "is_quantized", False):
         raise SlothError("loftq_config needs a model that is not quantised; load it without load_in_4bit and 8bit")
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise SlothError("loftq_config: PEFT computes LoftQ on a GPU, and there is none")
     return {
         "init_lora_weights": "loftq",
         "loftq_config": LoftQConfig(**loftq) if isinstance(loftq, dict) else loftq,

@@ -19,6 +19,7 @@ IGNORED = (
     *("fast_inference", "gpu_memory_utilization", "max_lora_rank", "float8_kv_cache", "disable_log_stats"),
     *("fix_tokenizer", "use_exact_model_name", "unsloth_vllm_standby", "offload_embedding", "load_in_16bit"),
 )
+NOT_QUANTISED = "full_finetuning trains all weights, which quantised ones do not"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -42,7 +43,7 @@ def load(
     if load_in_4bit and load_in_8bit:
         raise SlothError("load_in_4bit and load_in_8bit are both set; choose one")
     if full_finetuning and (load_in_4bit or load_in_8bit):
-        raise SlothError("full_finetuning trains all weights, which quantised ones do not; load without load_in_4bit")
+        raise SlothError(f"{NOT_QUANTISED}; load without load_in_4bit and load_in_8bit")
     ignored = [name for name in IGNORED if name in options and options.pop(name)]
     if ignored:
         say(f"{', '.join(ignored)} of from_pretrained: nothing here goes by that; ignored")
@@ -52,6 +53,8 @@ def load(
     options = {**options, "dtype": choose_dtype(dtype)}
     options.setdefault("device_map", _device_map())
     model = _load(name, load_in_4bit, load_in_8bit, options)
+    if full_finetuning and getattr(model, "is_quantized", False):
+        raise SlothError(f"{NOT_QUANTISED}, and {name} is a quantised checkpoint; load the one that it was made of")
     hub = {key: options[key] for key in ("token", "revision", "trust_remote_code", "cache_dir") if key in options}
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or _tokenizer_place(name, model), **hub)
     if max_seq_length is not None:
@@ -129,6 +132,8 @@ def _load(name: str, load_in_4bit: bool, load_in_8bit: bool, options: dict[str, 
     except (OSError, ValueError) as error:
         raise SlothError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}") from None
     quantised = getattr(config, "quantization_config", None)
+    if options.get("rope_scaling"):
+        options = {**options, **_rope(config, options["rope_scaling"])}
     if quantised is None and (load_in_4bit or load_in_8bit):
         options = {**options, "quantization_config": _bits(load_in_4bit, options["dtype"])}
     elif quantised is not None and not _is(quantised, load_in_4bit, load_in_8bit):
@@ -151,6 +156,17 @@ def _bits(four: bool, dtype: Any) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else choose_dtype(None),
     )
+
+
+def _rope(config: Any, scaling: dict[str, Any]) -> dict[str, Any]:
+    """The option of `from_pretrained` that has rotary positions scaled; transformers 5 keeps their base beside it."""
+    known = getattr(config, "rope_parameters", None)
+    scaling = {"rope_type": scaling.get("type", "default"), **scaling}
+    scaling.pop("type", None)
+    if known is None:
+        return {"rope_scaling": scaling}
+    kept = {key: known[key] for key in ("rope_theta", "partial_rotary_factor") if key in known}
+    return {"rope_scaling": None, "rope_parameters": {**kept, **scaling}}
 
 
 def _said_by(quantised: Any, key: str) -> Any:
