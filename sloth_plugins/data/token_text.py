@@ -52,7 +52,7 @@ class TokenText:
 
 
 def _byte_alphabet() -> dict[str, str]:
-    """GPT-2's letters for bytes: those of Latin-1 that can be seen stand for themselves, the rest come from U+0100 on."""
+    """GPT-2's letters for bytes: what can be seen of Latin-1 stands for itself, the rest are letters from U+0100 on."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(0x100)) - set(seen))
     return {chr(byte): chr(byte) for byte in seen} | {chr(0x100 + n): chr(byte) for n, byte in enumerate(others)}

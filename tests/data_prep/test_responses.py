@@ -62,7 +62,7 @@ def only(role, text):
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_all_of_the_answers_and_nothing_else(name, vocabulary, data):
     answers = ANSWERS[name, vocabulary]
@@ -83,7 +83,7 @@ def test_all_of_the_answers_and_nothing_else(name, vocabulary, data):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_rows_that_are_cut_have_the_labels_that_they_had_whole(name, data):
     """At the end always; at the beginning an answer whose header is gone is no longer seen as one."""
