@@ -10,6 +10,8 @@ WINDOW = 10
 """Logged losses that are looked at together."""
 SWING = 0.35
 """How far a loss goes up and down, as a share of its level, when it swings; small batches alone do about half of it."""
+BLOWN = 0.2
+"""A training loss that is higher than at first by more than this share has a learning rate that is too high as well."""
 FALL = 0.02
 """A loss that has fallen by less than this share of itself has not fallen."""
 RISE = 0.01
@@ -33,11 +35,13 @@ class Watch:
         loss, eval_loss, step = found.last("loss"), found.last("eval_loss"), int(entry.get("step") or 0)
         if loss is not None and "reward" not in entry:  # the loss of reinforcement learning says nothing of this kind
             self._losses.append(loss)
-            if self._first(self._swings(), "swinging"):
+            if self._first(self._swings() or self._rises(), "swinging"):
+                what = f"swings by {self._swing():.0%} of its level and does not fall"
+                if self._rises():
+                    what = f"rises, from {self._start():.3f} to {self._now():.3f}"
                 yield (
-                    f"step {step}: the training loss swings by {self._swing():.0%} of its level and does not fall; "
-                    f"try a lower learning rate{_rate(entry)}, a longer warmup, or larger batches "
-                    "(gradient_accumulation_steps)"
+                    f"step {step}: the training loss {what}; try a lower learning rate{_rate(entry)}, a longer "
+                    "warmup, or larger batches (gradient_accumulation_steps)"
                 )
             elif "swinging" not in self._named and self._first(self._stays(step), "not falling"):
                 yield (
@@ -86,6 +90,10 @@ class Watch:
         ends = range(len(self._losses), WINDOW - 1, -WINDOW)
         now, *before = (statistics.fmean(self._losses[end - WINDOW : end]) for end in list(ends)[:WINDOW])
         return self._swing() > SWING and now > 0.95 * min(before)
+
+    def _rises(self) -> bool:
+        """Far above where it began, as it is before it swings or after it has blown up."""
+        return len(self._losses) >= 2 * WINDOW and self._now() > (1 + BLOWN) * self._start() > 0
 
     def _stays(self, step: int) -> bool:
         if len(self._losses) < 2 * WINDOW or step < SHARE * self.max_steps or self._start() <= 0:

@@ -62,6 +62,14 @@ def test_swinging():
     assert "lower learning rate (it is 0.005)" in line
 
 
+@pytest.mark.parametrize("before", [0, 30])
+def test_a_loss_that_blows_up_gets_no_advice_to_raise_the_rate(before):
+    losses = [*falling(before, 0.05), *(min(2.0 * 1.2**i, 9.0) for i in range(40))]
+    (line,) = seen_in(log(losses, rate=0.5))
+    assert "the training loss rises, from 2." in line or "swings" in line
+    assert "lower learning rate (it is 0.5)" in line
+
+
 def test_not_falling():
     rng = random.Random(1)
     (line,) = seen_in(log([2.0 * (1 + rng.gauss(0, 0.02)) for _ in range(60)], rate=1e-8))
