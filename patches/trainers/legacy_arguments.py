@@ -35,7 +35,10 @@ OWN = ("train_sampling_strategy", "remove_unused_columns")
 def translated(trainer: type) -> Callable[[tuple[Any, ...], dict[str, Any]], Arguments]:
     """How calls of a trainer's constructor are translated: arguments in, arguments and what was changed out."""
     parameters = tuple(inspect.signature(trainer).parameters)
-    config: Any = vars(sys.modules[trainer.__module__])[trainer.__name__.replace("Trainer", "Config")]
+    config: Any = vars(sys.modules[trainer.__module__]).get(trainer.__name__.replace("Trainer", "Config"))
+    if config is None:
+        # A class that only stands under an old name for the one that it derives from, where the call comes to next.
+        return lambda args, kwargs: (args, kwargs, "")
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     # SFTTrainer makes its own config of plain TrainingArguments; the others fail on them.
     makes_config = "TrainingArguments" in str(inspect.signature(trainer).parameters["args"].annotation)

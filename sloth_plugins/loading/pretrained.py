@@ -51,7 +51,8 @@ def load(
         set_seed(random_state)
     name = _place(model_name)
     options = {**options, "dtype": choose_dtype(dtype)}
-    options.setdefault("device_map", _device_map())
+    if "device_map" not in options and (own := _device_map()) is not None:
+        options["device_map"] = own
     model = _load(name, load_in_4bit, load_in_8bit, options)
     if full_finetuning and getattr(model, "is_quantized", False):
         raise SlothError(f"{NOT_QUANTISED}, and {name} is a quantised checkpoint; load the one that it was made of")
