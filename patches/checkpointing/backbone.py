@@ -143,6 +143,9 @@ def backbone(original: Forward) -> Forward:
             if not self.training and self in _stacks:
                 _stacks[self].at_rest()
             return original(self, *args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            # Of nn.DataParallel, which makes them anew for each forward.
+            return original(self, *args, **kwargs)
         shape = _shape_of({**dict(zip(names, args, strict=False)), **kwargs})
         stack = None if shape is None else stack_of(self)
         if stack is None or shape is None:

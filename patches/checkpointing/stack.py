@@ -65,9 +65,9 @@ class Stack:
         self._learning: Shape | None = None
         self._learned: Shape | None = None
         self._taken_in: Shape | None = None
-        # Bytes that the rest of the model and the loss take once the layers have run, and then the layers' backward.
-        self._after = self._work = 0
-        self._versions: list[int] = []
+        # Bytes that the rest of the model and the loss take once the layers have run, and then the layers' backward;
+        # what is held between the two beyond what there was when the forward began.
+        self._after = self._work = self._held = self._began = 0
         self._has_stepped = False
 
     @contextmanager
@@ -82,8 +82,9 @@ class Stack:
                 if self._learning is not None and isinstance(known, Foreign) and i in firsts:
                     stack.enter_context(checkpointed(module, False))
                     stack.enter_context(known.meter.watching(module))
-                elif self._learning is not None or isinstance(known, Foreign):
-                    stack.enter_context(checkpointed(module, self._policy(i) is Policy.INPUT))
+                elif isinstance(known, Foreign) or self._policy(i) is not Policy.KEEP:
+                    # A fused layer looks at its policy; but with the flag upstream fills no cache, which would be kept.
+                    stack.enter_context(checkpointed(module, self._policy(i) is not Policy.KEEP))
             yield
         for i, module in enumerate(self.modules):
             if i not in self._layers:
@@ -101,10 +102,11 @@ class Stack:
         def loss_is_done(grad: torch.Tensor) -> None:
             self._after = max(0, self.memory.peak() - before)
             self.memory.reset()
-            kept = self.memory.allocated()
+            held = self.memory.allocated()
+            self._held = held - self._began
 
             def backward_is_done() -> None:
-                self._work = max(0, self.memory.peak() - kept)
+                self._work = max(0, self.memory.peak() - held)
                 self._learned = shape
 
             torch.autograd.Variable._execution_engine.queue_callback(backward_is_done)
@@ -180,7 +182,7 @@ class Stack:
         """Set the plan for a micro-batch, or find that there is something to learn first."""
         self.current, self._learning, self.shape = None, None, shape
         if not self._is_known(shape):
-            self._learning = shape
+            self._learning, self._began = shape, self.memory.allocated()
             return
         left = self._left()
         grain = max(1, int(self.limit * GRAIN))
@@ -206,7 +208,7 @@ class Stack:
                 self._taken_in = self._learned
         if any(layer.kind not in self._rates for layer in self._layers.values()):
             return False
-        return shape.beyond(self._learned) <= STRETCH or self._is_small(shape)
+        return shape.tokens <= STRETCH * self._learned.tokens or self._is_small(shape)
 
     def _is_small(self, shape: Shape) -> bool:
         """Whether everything may be kept by far, so that nothing need be known exactly."""
@@ -219,11 +221,13 @@ class Stack:
 
     def _options(self, shape: Shape) -> list[list[Option]]:
         assert self._learned is not None, "asked once that is known"
-        # The worst moment of the backward that was measured, when all but the input was computed again.
-        worst = max(ways[-1].work for ways in self._formulas(self._learned, host=False))
-        factor = self._work / worst if worst else 1.0
+        # The worst moment of the backward that was measured, when all but the input was computed again; and what the
+        # rest of the model holds meanwhile.
+        inputs = [ways[-1] for ways in self._formulas(self._learned, host=False)]
+        factor = self._work / max(1, *(option.work for option in inputs))
+        rest = max(0, self._held - sum(option.kept for option in inputs)) * shape.tokens // self._learned.tokens
         ways = self._formulas(shape, host=self.host_budget > 0)
-        return [[replace(option, work=int(option.work * factor)) for option in options] for options in ways]
+        return [[replace(option, work=int(option.work * factor) + rest) for option in options] for options in ways]
 
     def _formulas(self, shape: Shape, *, host: bool) -> list[list[Option]]:
         layers = (self._layers[i] for i in range(len(self.modules)))
@@ -239,10 +243,8 @@ class Stack:
 
     def _unborn(self) -> int:
         """Bytes of gradients, and of an optimizer's states, that are not there yet."""
-        size = sum(p.nbytes for p in self.trained if p.grad is None)
-        if not self._has_stepped:
-            versions = [p._version for p in self.trained]
-            self._has_stepped = bool(self._versions) and versions != self._versions
-            self._versions = versions
-            size += 0 if self._has_stepped else UNBORN_STATE * sum(p.numel() for p in self.trained)
-        return size
+        unborn = [p for p in self.trained if p.grad is None]
+        size = sum(p.nbytes for p in unborn)
+        # Gradients that are gone after a backward have been stepped with.
+        self._has_stepped |= self._learned is not None and len(unborn) == len(self.trained)
+        return size if self._has_stepped else size + UNBORN_STATE * sum(p.numel() for p in self.trained)
