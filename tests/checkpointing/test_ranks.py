@@ -16,5 +16,4 @@ def test_two_processes_with_unequal_memory_plan_alike(tmp_path):
     plans = re.findall(r"plan (\[.*?\]) ceiling (\d+)", done.stdout)
     assert len(plans) == 2, done.stdout
     assert plans[0] == plans[1]
-    assert "'input'" in plans[0][0]
-    assert "'keep'" in plans[0][0]
+    assert 0 < plans[0][0].count("'keep'") < 6
