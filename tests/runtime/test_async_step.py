@@ -138,10 +138,10 @@ def test_a_launched_trainer_keeps_all_its_patches(tmp_path):
 
 SCRIPT = """
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(8)]
-args = TrainingArguments(output_dir="out", use_cpu=True, max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True)
-trainer = Trainer(model=LlamaForCausalLM(LlamaConfig(**sizes)), args=args, train_dataset=rows)
+args = TrainingArguments(output_dir="out", use_cpu=True, max_steps=2, report_to=[], save_strategy="no")
+trainer = Trainer(model=LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), args=args, train_dataset=rows)
 compute_loss = trainer.compute_loss
 def watching(*args, **kwargs):
     print(trainer.training_step.__qualname__, vars(trainer)["training_step"].__code__.co_qualname)
