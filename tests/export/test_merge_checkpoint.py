@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from adapted_models import adapt, load, logits, save_base, tokenizer, without
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import sloth_plugins.export
@@ -170,6 +170,57 @@ def test_a_model_that_diverged_is_refused(base, tmp_path):
         model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_A["default"].weight[0, 0] = torch.nan
     with pytest.raises(SlothError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN or infinite values"):
         merge(model, tmp_path / "out")
+
+
+def untied(model):
+    """The head is another matrix than the embedding, and the config says that it is the same."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["folder", "adapter", "live", "live adapter"])
+def test_a_head_of_its_own_stays_whatever_the_config_says(tmp_path, kind):
+    tied = load(save_base(tmp_path / "tied", tie_word_embeddings=True))
+    base = tmp_path / "base"
+    untied(tied).save_pretrained(base)
+    stored = load_file(base / "model.safetensors")
+    if "lm_head.weight" not in stored:  # transformers drops what its config calls tied
+        save_file(
+            stored | {"lm_head.weight": tied.lm_head.weight.detach()}, base / "model.safetensors", {"format": "pt"}
+        )
+    model = adapt(untied(load(tmp_path / "tied"))) if "adapter" in kind else untied(load(tmp_path / "tied"))
+    expected = logits(model)
+    if kind == "adapter":
+        model.save_pretrained(tmp_path / "run")
+        without(tmp_path / "run", base_model_name_or_path=str(base))
+    source = {"folder": base, "adapter": tmp_path / "run"}.get(kind, model)
+    out = merge(source, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    found = load_file(out / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], model.lm_head.weight)
+    assert kl(expected, logits(load(out))) < (3e-3 if "adapter" in kind else 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["folder", "live"])
+def test_a_copy_of_the_embedding_is_not_written(tmp_path, kind):
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    stored = load_file(base / "model.safetensors")
+    copied = stored["model.embed_tokens.weight"].clone()
+    save_file(stored | {"lm_head.weight": copied}, base / "model.safetensors", {"format": "pt"})
+    model = load(base)
+    if kind == "live":
+        model.lm_head.weight = torch.nn.Parameter(copied)
+    out = merge(model if kind == "live" else base, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+    assert load_file(out / "model.safetensors").keys() == stored.keys() - {"lm_head.weight"}
+
+
+def test_one_tensor_that_the_config_calls_two_is_written_twice(base, tmp_path):
+    model = load(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = model.model.embed_tokens.weight
+    found = load_file(merge(model, tmp_path / "out") / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
 def test_the_tokenizer_may_be_given_or_lie_with_the_run(base, run, tmp_path):
