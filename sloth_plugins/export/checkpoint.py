@@ -66,10 +66,8 @@ class Checkpoint:
             return False
         with opened(self._files[left]) as one, opened(self._files[right]) as other:
             a, b = one.get_slice(left), other.get_slice(right)
-            starts = range(0, self._stored[left][0], ROWS)
-            return all(
-                torch.equal(a[start : start + ROWS].float(), b[start : start + ROWS].float()) for start in starts
-            )
+            parts = [slice(start, start + ROWS) for start in range(0, self._stored[left][0], ROWS)]
+            return all(torch.equal(a[part].float(), b[part].float()) for part in parts)
 
     def _raw(self, name: str) -> torch.Tensor:
         # Opened for each tensor: the file is mapped, and what was read of it counts as ours until it is closed.

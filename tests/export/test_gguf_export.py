@@ -160,6 +160,34 @@ class TestTypes:
         assert found["blk.0.ffn_down.weight"].tensor_type == gguf.GGMLQuantizationType.F16
         assert found["blk.0.ffn_up.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
 
+    @pytest.mark.parametrize("method", ["f32", "f16", "bf16", "q8_0"])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_values_that_are_none_are_refused(self, tokenizer, tmp_path, method, value):
+        model = tiny.tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+        with pytest.raises(SlothError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
+            export(model, tmp_path, tokenizer, method)
+        assert left_in(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("method", "held", "beyond"), [("f16", 65519, 65520), ("q8_0", 8.32e6, 8.33e6), ("bf16", 3.3e38, 3.4e38)]
+    )
+    def test_values_beyond_a_type_are_refused(self, tokenizer, tmp_path, method, held, beyond):
+        model = tiny.tiny_model("llama")
+        for value in (held, -held, beyond, -beyond):
+            with torch.no_grad():
+                model.model.layers[0].mlp.up_proj.weight[3, 5] = value
+            if abs(value) == held:
+                stored = tensors(export(model, tmp_path / str(value), tokenizer, method).files[0])[
+                    "blk.0.ffn_up.weight"
+                ]
+                assert np.isfinite(gguf.dequantize(stored.data, stored.tensor_type)).all()
+                continue
+            with pytest.raises(SlothError, match=rf"up_proj\.weight has values beyond {method.upper()}; choose f32"):
+                export(model, tmp_path / "out", tokenizer, method)
+            assert left_in(tmp_path / "out") == []
+
     def test_methods_are_words_with_commas_or_a_list(self):
         assert parse_methods("Q4_K_M, f16,q4_k_m") == parse_methods(["q4_k_m", "f16"]) == ["q4_k_m", "f16"]
         with pytest.raises(SlothError, match="no quantization 'q4_km'; did you mean 'q4_k_m'"):
