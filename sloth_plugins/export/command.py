@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..terminal import err, one_line, out
+from .marking import MARK
 
 app = typer.Typer(help="Take a trained model home: merged, as GGUF, to the Hub.", no_args_is_help=True)
 
@@ -32,15 +33,16 @@ def merged(
     """Write base and adapter as one checkpoint, which stock transformers and vLLM load. Needs no GPU."""
     with _export():
         from .merging import merge
+        from .writing import staging
 
         try:
             merge(run_dir, folder, dtype=dtype, method=method, base=base, force=force)
         except KeyboardInterrupt:
-            partial = folder.with_name(f"{folder.name}.partial")
+            partial = staging(folder)
             kept = f"; the shards in {partial} are whole, and the same command goes on from there"
             err.print(f"sloth-plugins: stopped{kept if partial.is_dir() else ''}", markup=False)
             raise
-    files = [path for path in folder.iterdir() if path.is_file()]
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != MARK]
     size = sum(path.stat().st_size for path in files)
     tokenizer = "" if any(path.name.startswith("tokenizer") for path in files) else ", no tokenizer was found"
     out.print(f"{folder}: {len(files)} files, {_size(size)}{tokenizer}", markup=False)

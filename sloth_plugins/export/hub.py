@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import SlothError
 from .card import TAG, write_card
+from .marking import LOCK, MARK
 
 CARD = "README.md"
 
@@ -35,7 +36,7 @@ def push(folder: str | Path, repo: str, *, token: str | None = None, private: bo
                 repo_id=repo,
                 folder_path=folder,
                 commit_message="Upload by sloth-plugins",
-                ignore_patterns=[*kept, ".cache/*", "*.partial", "*.part", ".lock"],
+                ignore_patterns=[*kept, MARK, ".cache/*", "*.partial", "*.partial/*", "*.part", LOCK],
             )
     return address
 

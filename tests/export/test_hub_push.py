@@ -17,6 +17,7 @@ from sloth_plugins._version import __version__
 from sloth_plugins.errors import SlothError
 from sloth_plugins.export import hub as pushing
 from sloth_plugins.export import merge, push, push_to_hub_gguf, push_to_hub_merged
+from sloth_plugins.export.marking import MARK
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -48,7 +49,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARK}
 
 
 def oid(path):
