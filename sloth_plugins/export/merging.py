@@ -17,7 +17,7 @@ from .checkpoint import INDEX, SINGLE
 from .formats import FourBit, Rounded, dtype_of
 from .progress import progress
 from .sources import ADAPTER, model_folder, tokenizer_folder
-from .tokenizers import save_tokenizer
+from .tokenizers import require_same_rows, require_tokenizer, save_tokenizer
 from .weights import open_weights
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def merge(
         raise SlothError(
             f"save_method {method!r} is not known{nearest(method, METHODS)}; there are {', '.join(METHODS)}"
         )
+    require_tokenizer(tokenizer)
     folders = [model_folder(Path(source))] if isinstance(source, str | Path) else []
     if method == "lora":
         writing.check_target(out, folders, force=force)
@@ -65,6 +66,8 @@ def merge(
     form = FourBit(weights.base, weights.config, dtype) if method == "merged_4bit" else Rounded(dtype)
     layout = _layout(weights, form, shard_bytes)
     place = tokenizer_folder(source, base) if folders and isinstance(source, str | Path) else weights.base.folder
+    if tokenizer is None:
+        require_same_rows(place, weights.base.folder, weights)
     inputs = _inputs(folders, layout, method, dtype) if isinstance(source, str | Path) else None
     with writing.Staged(out, inputs).open() as folder:
         files = _write_shards(weights, form, layout, folder)

@@ -232,6 +232,36 @@ def test_the_tokenizer_may_be_given_or_lie_with_the_run(base, run, tmp_path):
     assert (merge(load(base), tmp_path / "of the base") / "tokenizer.json").is_file()
 
 
+def test_a_tokenizer_that_is_not_there_is_told_before(base, run, tmp_path):
+    tokenizer().save_pretrained(tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    for method in ("merged_16bit", "lora"):
+        with pytest.raises(SlothError, match=r"the tokenizer .*/mime is no folder; did you mean 'mine'"):
+            merge(run, tmp_path / "out", str(tmp_path / "mime"), method=method)
+        with pytest.raises(SlothError, match="empty holds no tokenizer"):
+            merge(run, tmp_path / "out", tmp_path / "empty", method=method)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine", "run"]
+    assert (merge(run, tmp_path / "out", tmp_path / "mine") / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["live", "live adapter", "adapter"])
+def test_the_base_s_tokenizer_is_not_that_of_a_vocabulary_that_has_grown(base, tmp_path, kind):
+    model = load(base)
+    model.resize_token_embeddings(140)
+    source = adapt(model) if "adapter" in kind else model
+    if kind == "adapter":
+        source.save_pretrained(tmp_path / "run", save_embedding_layers=True)
+        source = tmp_path / "run"
+    with pytest.raises(SlothError, match=r"has 140 rows of tokens where its base .*base has 128, .*tokenizer="):
+        merge(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if kind == "adapter":
+        tokenizer().save_pretrained(source)
+        assert (merge(source, tmp_path / "out") / "tokenizer.json").is_file()
+    else:
+        assert (merge(source, tmp_path / "out", tokenizer()) / "tokenizer.json").is_file()
+
+
 def test_the_adapter_alone_can_be_saved(base, run, tmp_path):
     tokenizer().save_pretrained(run)
     for number, source in enumerate((run, adapt(load(base)))):
