@@ -243,3 +243,40 @@ def test_thoughts_that_are_dropped_are_told():
     thinking = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     _, notes = modelfile("m.gguf", make_tokenizer(thinking), True, {})
     assert notes == ["the chat template drops the thoughts of earlier answers, which Ollama's does not"]
+
+
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>user\n"
+    "<tool_response>' + m.content + '</tool_response><|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_TOOLS = "the chat template writes tools, which the Modelfile's TEMPLATE leaves out, so Ollama refuses them"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TOOLS,
+        "{% if tools %}{{ raise_exception('one tool at a time') }}{% endif %}" + CHATML,
+        {"default": CHATML, "tool_use": TOOLS},
+    ],
+)
+def test_tools_that_are_left_out_are_told(template):
+    text, notes = modelfile("m.gguf", make_tokenizer(template), True, {})
+    assert notes == [NO_TOOLS]
+    # By the variables of a template Ollama knows what it can do; without .Tools it answers that there are none.
+    assert 'TEMPLATE """' in text
+    assert ".Tools" not in text
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking is defined and enable_thinking is false", "enable_thinking"])
+def test_a_switch_for_thinking_is_told(switch):
+    stub = "{% if SWITCH %}{{ '<think>\n\n</think>\n\n' }}{% endif %}".replace("SWITCH", switch)
+    thinking = CHATML.removesuffix("{% endif %}") + stub + "{% endif %}"
+    text, notes = modelfile("m.gguf", make_tokenizer(thinking), True, {})
+    assert notes == [
+        "the chat template has enable_thinking; the Modelfile's TEMPLATE is what it is where that is not set"
+    ]
+    assert "<think>" not in text
