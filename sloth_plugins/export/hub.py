@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SlothError
-from .card import TAG, write_card
+from .card import CARD, TAG, write_card
 from .marking import LOCK, MARK
-
-CARD = "README.md"
 
 
 def push(folder: str | Path, repo: str, *, token: str | None = None, private: bool | None = None) -> str:
@@ -49,7 +47,7 @@ def push_to_hub_merged(
     save_method: str = "merged_16bit",
     token: str | None = None,
     private: bool | None = None,
-    datasets: Iterable[str] | None = None,
+    datasets: str | Iterable[str] | None = None,
     **options: Any,
 ) -> str:
     """`merge` into a folder beside the present one, then `push` it with a model card and remove it.
@@ -60,8 +58,7 @@ def push_to_hub_merged(
     from .merging import merge
 
     with _folder() as folder:
-        merge(source, folder, tokenizer, method=save_method, **options)
-        _write_card(folder, source, save_method.replace("_", ", "), datasets)
+        merge(source, folder, tokenizer, method=save_method, datasets=datasets, **options)
         return push(folder, repo, token=token, private=private)
 
 
@@ -73,7 +70,7 @@ def push_to_hub_gguf(
     *,
     token: str | None = None,
     private: bool | None = None,
-    datasets: Iterable[str] | None = None,
+    datasets: str | Iterable[str] | None = None,
     **options: Any,
 ) -> str:
     """The same with GGUF files, see `save_pretrained_gguf`."""
@@ -84,11 +81,6 @@ def push_to_hub_gguf(
         names = ", ".join(file.name for file in made.files)
         write_card(folder, source, f"GGUF for llama.cpp and Ollama: {names}", datasets=datasets, library="gguf")
         return push(folder, repo, token=token, private=private)
-
-
-def _write_card(folder: Path, source: Any, made: str, datasets: Iterable[str] | None) -> None:
-    library = "peft" if made == "lora" else "transformers"
-    write_card(folder, source, made, datasets=datasets, library=library)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ def test_a_run_is_merged_and_a_second_call_says_what_exists(tmp_path):
     adapt(load(tmp_path / "base")).save_pretrained(tmp_path / "run" / "checkpoint-3")
     done = sloth("export", "merged", "run", "-o", "out", "--dtype", "float16", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert done.stdout == f"out: 6 files, {size / 1e6:.2f} MB\n"
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("[!.]*"))
+    assert done.stdout == f"out: 7 files, {size / 1e6:.2f} MB\n"
     again = sloth("export", "merged", "run", "-o", "out", cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr.startswith("sloth-plugins: out exists; ")

@@ -15,7 +15,6 @@ from transformers import __version__ as transformers
 
 from sloth_plugins._version import __version__
 from sloth_plugins.errors import SlothError
-from sloth_plugins.export import hub as pushing
 from sloth_plugins.export import merge, push, push_to_hub_gguf, push_to_hub_merged
 from sloth_plugins.export.marking import MARK
 
@@ -99,6 +98,7 @@ def test_a_model_is_merged_pushed_and_leaves_nothing_behind(made, hub, tmp_path,
     files = dict(hub.files("me/tiny"))
     card = files.pop("README.md").decode()
     expected = content(merge(model, tmp_path / "expected", tokenizer()))
+    del expected["README.md"]
     assert files == expected
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["expected"]
     for said in (
@@ -135,6 +135,39 @@ def test_the_card_names_base_data_and_patches(made, hub, tmp_path):
     sloth_plugins.patch(model, "llama:rms_norm")
     push_to_hub_merged(model, "me/live", token=TOKEN)
     assert "| Patches | rms_norm (5 modules) |" in hub.files("me/live")["README.md"].decode()
+
+
+def test_a_live_model_without_an_adapter_is_pushed(made, hub, tmp_path):
+    push_to_hub_merged(load(made / "base"), "me/tiny", tokenizer(), token=TOKEN)
+    assert hub.files("me/tiny").keys() == {*content(merge(made / "base", tmp_path / "expected", tokenizer()))}
+    assert "Adapter" not in hub.files("me/tiny")["README.md"].decode()
+
+
+def test_an_export_has_a_card_that_is_pushed_with_it(made, hub):
+    push(made / "merged", "me/tiny", token=TOKEN)
+    card = hub.files("me/tiny")["README.md"].decode()
+    for said in (
+        "library_name: transformers",
+        "LoRA r=4",
+        "merged, 16bit",
+        "Patches | not stated: exported from a fol",
+    ):
+        assert said in card
+
+
+def test_one_dataset_may_be_named_alone(made, hub):
+    push_to_hub_merged(made / "run", "me/tiny", token=TOKEN, datasets="imdb")
+    assert "datasets:\n- imdb\n" in hub.files("me/tiny")["README.md"].decode()
+
+
+def test_the_card_names_kinds_of_layers_once(made, tmp_path):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    names = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(2) for kind in ("q_proj", "v_proj")]
+    without(run, target_modules=names)
+    (run / "README.md").write_text("---\ndatasets: [\n---\n")
+    card = (merge(run, tmp_path / "out", method="lora") / "README.md").read_text()
+    assert "alpha=8 on q_proj, v_proj |" in card
+    assert "library_name: peft" in card
 
 
 def test_somebody_s_own_card_stays(made, hub, tmp_path):
@@ -194,4 +227,3 @@ def test_the_command_pushes_with_the_token_of_the_environment(made, hub, tmp_pat
     assert (done.stdout, done.stderr) == (f"{hub.address}/me/tiny\n", "")
     assert hub.files("me/tiny") == content(made / "merged")
     assert hub.tokens == {f"Bearer {TOKEN}"}
-    assert pushing.CARD not in hub.files("me/tiny")

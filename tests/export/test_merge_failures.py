@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from adapted_models import adapt, load, save_base, without
+from adapted_models import adapt, load, save_base, tokenizer, without
 
 from sloth_plugins.errors import SlothError
 from sloth_plugins.export import merge, writing
@@ -262,6 +262,8 @@ def test_folders_that_only_have_the_names_of_ours_stay(place, tmp_path, beside):
 
 def test_what_is_read_from_a_kept_folder_is_not_removed(place, tmp_path):
     merge(place / "base", tmp_path / "out").rename(tmp_path / "out.partial")
+    merge(place / "base", tmp_path / "tokens", tokenizer())
+    refused("tokens, which is read", place / "run", tmp_path / "tokens", tokenizer=tmp_path / "tokens", force=True)
     refused(r"out\.partial holds .*, which is read", tmp_path / "out.partial", tmp_path / "out")
 
 
@@ -430,6 +432,13 @@ def test_an_embedding_that_grew_without_its_head_is_refused(place, tmp_path):
 def test_a_base_that_is_not_there_is_asked_for(place, tmp_path, config, said):
     without(place / "run", **config)
     refused(said, place / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float16"}, {"base": "nowhere"}, {"dtype": "no such"}])
+def test_saving_an_adapter_takes_no_options_of_merging(place, tmp_path, option):
+    refused(
+        "saves the adapter as it is; leave out dtype and base", place / "run", tmp_path / "out", method="lora", **option
+    )
 
 
 def test_a_folder_without_a_model_is_told(place, tmp_path):
