@@ -1,11 +1,13 @@
 """Pushing to a Hub that runs here: what arrives, what is sent twice, what the card says, where the token goes."""
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,65 @@ def test_the_token_goes_nowhere_else(made, hub, tmp_path, caplog, capfd):
     assert refused.value.__cause__ is None
     assert all(TOKEN.encode() not in file for file in hub.files("me/tiny").values())
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(made, hub):
+    push_to_hub_merged(made / "run", "me/tiny", token=TOKEN)
+    before = len(hub.received), dict(hub.files("me/tiny"))
+    with pytest.raises(SlothError, match="me/tiny exists and is public; make it private"):
+        push(made / "merged", "me/tiny", token=TOKEN, private=True)
+    assert (len(hub.received), hub.files("me/tiny")) == before
+    push(made / "merged", "me/mine", token=TOKEN, private=True)
+    push(made / "merged", "me/mine", token=TOKEN, private=True)
+
+
+@pytest.mark.parametrize("kind", ["merged", "gguf"])
+@pytest.mark.parametrize(
+    ("repo", "private", "refuses", "said"),
+    [
+        ("me/new", None, "bad token", "the Hub did not take me/new: .*bad token"),
+        ("me/there", None, "bad token", "the Hub did not take me/there: .*bad token"),
+        ("me/there", True, None, "me/there exists and is public"),
+        ("no such/name!", None, None, "the Hub did not take no such/name!: "),
+    ],
+)
+def test_the_hub_is_asked_before_anything_is_made(made, hub, monkeypatch, kind, repo, private, refuses, said):
+    from huggingface_hub import HfApi
+
+    from sloth_plugins.export import gguf, merging
+
+    if repo == "me/there" and refuses and "write" not in signature(HfApi.auth_check).parameters:
+        pytest.skip("this release of huggingface_hub cannot ask whether a token may write")
+
+    def never(*_, **__):
+        pytest.fail("made before the Hub was asked")
+
+    monkeypatch.setattr(merging, "merge", never)
+    monkeypatch.setattr(gguf, "export", never)
+    push(made / "merged", "me/there", token=TOKEN)
+    hub.refuses = refuses
+    pushed = {"merged": push_to_hub_merged, "gguf": push_to_hub_gguf}[kind]
+    with pytest.raises(SlothError, match=said) as refused:
+        pushed(made / "run", repo, token=TOKEN, private=private)
+    assert "run it again" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(Path.cwd().glob(".sloth-plugins-*"))
+
+
+def test_a_source_that_is_not_there_makes_no_repository(made, hub):
+    with pytest.raises(SlothError, match="nowhere is no folder"):
+        push_to_hub_merged(made / "nowhere", "me/tiny", token=TOKEN)
+    assert hub.repos == {}
+
+
+def test_a_present_folder_that_may_not_be_written_is_told(made, hub, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(SlothError, match=r"cannot write .*: Permission denied; .* go to another folder"):
+        push_to_hub_merged(made / "run", "me/tiny", token=TOKEN)
+    assert hub.repos == {}
 
 
 def test_a_hub_that_is_not_there_is_one_line(made, monkeypatch):
