@@ -119,9 +119,7 @@ def unlike_ollama(tokenizer: Any, found: ChatFormat) -> list[str]:
             "the chat template writes tools, which the Modelfile's TEMPLATE leaves out, so Ollama refuses them"
         )
     if any(_changes_with(tokenizer, enable_thinking=value) for value in (True, False)):
-        notes.append(
-            "the chat template has enable_thinking; the Modelfile's TEMPLATE is what it is where that is not set"
-        )
+        notes.append("the chat template has enable_thinking; the Modelfile's TEMPLATE is as where that is not set")
     return notes
 
 

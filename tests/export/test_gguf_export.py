@@ -190,6 +190,9 @@ class TestTypes:
 
     def test_methods_are_words_with_commas_or_a_list(self):
         assert parse_methods("Q4_K_M, f16,q4_k_m") == parse_methods(["q4_k_m", "f16"]) == ["q4_k_m", "f16"]
+        # As the command hands them over.
+        assert parse_methods(["q4_k_m,f16", "q8_0"]) == ["q4_k_m", "f16", "q8_0"]
+        assert parse_methods(None) == ["q8_0"]
         with pytest.raises(SlothError, match="no quantization 'q4_km'; did you mean 'q4_k_m'"):
             parse_methods("q4_km")
         with pytest.raises(SlothError, match="no quantization was named"):
@@ -239,9 +242,21 @@ class TestSources:
         alone.mkdir()
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(folder / name, alone / name)
-        for source in (alone, tiny.tiny_model("llama")):
-            with pytest.raises(SlothError, match="no tokenizer was found"):
-                export(source, tmp_path / "out", methods="f16")
+        # The command has no such option.
+        with pytest.raises(SlothError, match=rf"no tokenizer was found, .*; save it in {alone}$"):
+            export(alone, tmp_path / "out", methods="f16")
+        with pytest.raises(SlothError, match=r"no tokenizer was given with the model; .*: add tokenizer="):
+            export(tiny.tiny_model("llama"), tmp_path / "out", methods="f16")
+
+    def test_the_base_s_tokenizer_is_not_that_of_a_vocabulary_that_has_grown(self, folder, tokenizer, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(tiny.ROWS + 8)
+        run = tmp_path / "run"
+        adapt(model).save_pretrained(run, save_embedding_layers=True)
+        with pytest.raises(SlothError, match=r"has 1032 rows of tokens where its base .* has 1024"):
+            export(run, tmp_path / "out", methods="f16")
+        tokenizer.save_pretrained(run)
+        assert len(export(run, tmp_path / "out", methods="f16").files) == 1
 
     def test_a_model_file_without_what_reads_it(self, folder, tmp_path, monkeypatch):
         alone = tmp_path / "alone"
@@ -333,6 +348,17 @@ class TestTokensAreCompared:
             export(folder, out, tiny.byte_level("llama-bpe"), "f16", pre_tokenizer="tekken")
         assert left_in(out) == []
 
+    def test_a_name_is_checked_without_it(self, folder, tokenizer, tmp_path):
+        with pytest.raises(SlothError, match="knows no pre-tokenizer 'llama-bpa'; did you mean 'llama-bpe'"):
+            export(folder, tmp_path / "out", tokenizer, "f16", pre_tokenizer="llama-bpa")
+        assert not (tmp_path / "out").exists()
+        made = export(folder, tmp_path / "out", tokenizer, "f16", pre_tokenizer="dbrx")
+        assert read(made.files[0])["tokenizer.ggml.pre"] == "dbrx"
+
+    def test_and_by_it_where_it_is(self, folder, tokenizer, tmp_path, programs):
+        with pytest.raises(SlothError, match=r"llama\.cpp cannot read the file that was written"):
+            export(folder, tmp_path / "out", tokenizer, "f16", pre_tokenizer="llama-bpa")
+
     def test_a_file_that_it_cannot_read(self, folder, tokenizer, tmp_path, programs):
         script(programs / "llama-tokenize", "echo 'error: what is this' >&2; exit 1")
         with pytest.raises(SlothError, match=r"llama\.cpp cannot read the file that was written: error: what is this"):
@@ -344,12 +370,44 @@ class TestWhatIsThere:
     def test_existing_files_are_kept_unless_forced(self, folder, tokenizer, tmp_path):
         export(folder, tmp_path, tokenizer, "f16")
         (tmp_path / "model-f16.gguf").write_text("precious")
-        with pytest.raises(SlothError, match=r"model-f16.gguf, .*Modelfile exists already; .*--force"):
+        with pytest.raises(SlothError, match=r"/model-f16.gguf exists already; .*--force"):
             export(folder, tmp_path, tokenizer, ["q8_0", "f16"])
         assert (tmp_path / "model-f16.gguf").read_text() == "precious"
         assert not (tmp_path / "model-q8_0.gguf").exists()
         export(folder, tmp_path, tokenizer, "f16", force=True)
         assert len(tensors(tmp_path / "model-f16.gguf")) > 10
+
+    def test_another_method_needs_no_force_and_leaves_the_rest(self, folder, tokenizer, tmp_path):
+        export(folder, tmp_path, tokenizer, "f16")
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        made = export(folder, tmp_path, tokenizer, "q8_0")
+        assert before.items() < {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+        assert left_in(tmp_path) == ["Modelfile", "model-f16.gguf", "model-q8_0.gguf"]
+        assert made.modelfile is None
+        kept = f"{tmp_path}/Modelfile is kept as it was; name model-q8_0.gguf in its FROM, or remove it"
+        assert kept in made.notes
+        (tmp_path / "Modelfile").unlink()
+        assert export(folder, tmp_path, tokenizer, "bf16").modelfile.is_file()
+
+    def test_one_process_writes_at_a_time(self, folder, tokenizer, tmp_path, monkeypatch):
+        wrote = EXPORT_MODULE.write
+
+        def meanwhile(source, path, method):
+            with pytest.raises(SlothError, match="is being written by another process"):
+                export(folder, tmp_path, tokenizer, "bf16", force=True)
+            wrote(source, path, method)
+
+        monkeypatch.setattr(EXPORT_MODULE, "write", meanwhile)
+        file = export(folder, tmp_path, tokenizer, "f16").files[0]
+        assert len(tensors(file)) > 10
+        assert left_in(tmp_path) == ["Modelfile", "model-f16.gguf"]
+
+    def test_a_damaged_generation_config_is_told_before(self, folder, tokenizer, tmp_path):
+        damaged = shutil.copytree(folder, tmp_path / "damaged")
+        (damaged / "generation_config.json").write_text("{")
+        with pytest.raises(SlothError, match=r"generation_config\.json cannot be read"):
+            export(damaged, tmp_path / "out", tokenizer, "f16")
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
     def test_half_written_files_go(self, folder, tokenizer, tmp_path, monkeypatch, error):

@@ -5,8 +5,9 @@ from go_templates import go, render, render_by_go
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sloth_plugins.errors import SlothError
 from sloth_plugins.export import chat
-from sloth_plugins.export.ollama import go_template, modelfile, stops
+from sloth_plugins.export.ollama import generation_of, go_template, modelfile, stops
 
 BOS, EOS = "<s>", "</s>"
 QWEN = (
@@ -276,7 +277,14 @@ def test_a_switch_for_thinking_is_told(switch):
     stub = "{% if SWITCH %}{{ '<think>\n\n</think>\n\n' }}{% endif %}".replace("SWITCH", switch)
     thinking = CHATML.removesuffix("{% endif %}") + stub + "{% endif %}"
     text, notes = modelfile("m.gguf", make_tokenizer(thinking), True, {})
-    assert notes == [
-        "the chat template has enable_thinking; the Modelfile's TEMPLATE is what it is where that is not set"
-    ]
+    assert notes == ["the chat template has enable_thinking; the Modelfile's TEMPLATE is as where that is not set"]
     assert "<think>" not in text
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1]", "3"])
+def test_a_damaged_generation_config_is_one_line(tmp_path, text):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(SlothError, match=r"generation_config\.json cannot be read: .+; mend it, or remove it") as error:
+        generation_of(tmp_path)
+    assert "\n" not in str(error.value)
