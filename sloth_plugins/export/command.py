@@ -1,6 +1,7 @@
 """`sloth-plugins export`: merged checkpoints, GGUF files, and both on the Hub."""
 
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def gguf(
     run_dir: Run,
     folder: Out,
     quant: Annotated[
-        list[str], typer.Option("--quant", help="f32, f16, bf16, q8_0, q4_k_m, q5_k_m; may be repeated")
+        list[str], typer.Option("--quant", help="f32, f16, bf16, q8_0, q4_k_m, q5_k_m; repeated or with commas")
     ] = ["q8_0"],  # noqa: B006 - typer copies it
     base: Base = None,
     pre_tokenizer: Annotated[
@@ -69,7 +70,7 @@ def gguf(
     for file in made.files:
         out.print(f"{file}: {_size(file.stat().st_size)}", markup=False)
     if made.modelfile is not None:
-        out.print(f"{made.modelfile}: `ollama create NAME -f {made.modelfile}`", markup=False)
+        out.print(f"{made.modelfile}: `ollama create NAME -f {shlex.quote(str(made.modelfile))}`", markup=False)
     for note in made.notes:
         err.print(f"sloth-plugins: {note}", markup=False)
 

@@ -1,8 +1,6 @@
 """Files from every kind of source, what they say of the model, and what is left where something goes wrong."""
 
-import errno
 import importlib.util
-import json
 import os
 import shutil
 import stat
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from adapted_models import adapt
+from gguf_tiny import left_in, tensors
 from llama_programs import install_module, install_programs, on_path
 from transformers import AutoModelForCausalLM
 
@@ -35,12 +34,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    """A Llama in bf16 with its tokenizer, as a merge leaves it."""
-    path = tmp_path_factory.mktemp("models") / "my-llama"
-    tiny.tiny_model("llama", dtype=torch.bfloat16).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "do_sample": True}))
-    return path
+    return tiny.save_llama(tmp_path_factory.mktemp("models") / "my-llama", tokenizer)
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +58,9 @@ def programs(tmp_path, monkeypatch):
     return place
 
 
-def tensors(file):
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-
-
 def read(file):
     reader = gguf.GGUFReader(file)
     return {key: field.contents() for key, field in reader.fields.items()}
-
-
-def left_in(path):
-    return sorted(entry.name for entry in path.iterdir()) if path.exists() else []
 
 
 class TestMetadata:
@@ -366,92 +352,10 @@ class TestTokensAreCompared:
         assert left_in(tmp_path / "out") == []
 
 
-class TestWhatIsThere:
-    def test_existing_files_are_kept_unless_forced(self, folder, tokenizer, tmp_path):
+def test_without_gguf(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SlothError, match=r"pip install 'sloth-plugins\[gguf\]'"):
         export(folder, tmp_path, tokenizer, "f16")
-        (tmp_path / "model-f16.gguf").write_text("precious")
-        with pytest.raises(SlothError, match=r"/model-f16.gguf exists already; .*--force"):
-            export(folder, tmp_path, tokenizer, ["q8_0", "f16"])
-        assert (tmp_path / "model-f16.gguf").read_text() == "precious"
-        assert not (tmp_path / "model-q8_0.gguf").exists()
-        export(folder, tmp_path, tokenizer, "f16", force=True)
-        assert len(tensors(tmp_path / "model-f16.gguf")) > 10
-
-    def test_another_method_needs_no_force_and_leaves_the_rest(self, folder, tokenizer, tmp_path):
-        export(folder, tmp_path, tokenizer, "f16")
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        made = export(folder, tmp_path, tokenizer, "q8_0")
-        assert before.items() < {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
-        assert left_in(tmp_path) == ["Modelfile", "model-f16.gguf", "model-q8_0.gguf"]
-        assert made.modelfile is None
-        kept = f"{tmp_path}/Modelfile is kept as it was; name model-q8_0.gguf in its FROM, or remove it"
-        assert kept in made.notes
-        (tmp_path / "Modelfile").unlink()
-        assert export(folder, tmp_path, tokenizer, "bf16").modelfile.is_file()
-
-    def test_one_process_writes_at_a_time(self, folder, tokenizer, tmp_path, monkeypatch):
-        wrote = EXPORT_MODULE.write
-
-        def meanwhile(source, path, method):
-            with pytest.raises(SlothError, match="is being written by another process"):
-                export(folder, tmp_path, tokenizer, "bf16", force=True)
-            wrote(source, path, method)
-
-        monkeypatch.setattr(EXPORT_MODULE, "write", meanwhile)
-        file = export(folder, tmp_path, tokenizer, "f16").files[0]
-        assert len(tensors(file)) > 10
-        assert left_in(tmp_path) == ["Modelfile", "model-f16.gguf"]
-
-    def test_a_damaged_generation_config_is_told_before(self, folder, tokenizer, tmp_path):
-        damaged = shutil.copytree(folder, tmp_path / "damaged")
-        (damaged / "generation_config.json").write_text("{")
-        with pytest.raises(SlothError, match=r"generation_config\.json cannot be read"):
-            export(damaged, tmp_path / "out", tokenizer, "f16")
-        assert not (tmp_path / "out").exists()
-
-    @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-    def test_half_written_files_go(self, folder, tokenizer, tmp_path, monkeypatch, error):
-        export(folder, tmp_path, tokenizer, "f16")
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        written = []
-
-        def write_tensor_data(self, data, **options):
-            written.append(data)
-            if len(written) > 5:
-                raise error
-
-        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write_tensor_data)
-        expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SlothError
-        with pytest.raises(expected, match="the disk is full" if expected is SlothError else None):
-            export(folder, tmp_path, tokenizer, ["f16", "bf16"], force=True)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-    def test_a_disk_that_is_too_small_is_told_before(self, folder, tokenizer, tmp_path, monkeypatch):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(SlothError, match=r"needs 0.0 GB, and 0.0 GB are free"):
-            export(folder, tmp_path / "out", tokenizer, "q8_0")
-        assert not (tmp_path / "out").exists()
-
-    def test_a_place_where_nothing_can_be_written(self, folder, tokenizer, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(SlothError, match=r"cannot write .*file/out: Not a directory"):
-            export(folder, tmp_path / "file" / "out", tokenizer, "f16")
-
-    def test_without_gguf(self, folder, tokenizer, tmp_path, monkeypatch):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(SlothError, match=r"pip install 'sloth-plugins\[gguf\]'"):
-            export(folder, tmp_path, tokenizer, "f16")
-
-
-def test_the_modelfile_lies_beside(folder, tokenizer, tmp_path):
-    made = export(folder, tmp_path, tokenizer, ["q8_0", "f16"])
-    text = made.modelfile.read_text()
-    assert text.startswith('FROM ./model-q8_0.gguf\nTEMPLATE """')
-    assert "PARAMETER temperature 0.7\n" in text
-    assert 'PARAMETER stop "<|im_end|>"\n' in text
-    other = tmp_path / "other"
-    assert export(folder, other, tokenizer, "f16", modelfile=False).modelfile is None
-    assert left_in(other) == ["model-f16.gguf"]
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
