@@ -66,7 +66,13 @@ def gguf(
     with _export():
         from .gguf import export
 
-        made = export(run_dir, folder, methods=quant, base=base, pre_tokenizer=pre_tokenizer, force=force)
+        try:
+            made = export(run_dir, folder, methods=quant, base=base, pre_tokenizer=pre_tokenizer, force=force)
+        except KeyboardInterrupt:
+            whole = ", ".join(sorted(path.name for path in folder.glob("model-*.gguf")))
+            there = f"what is in {folder} is whole ({whole})" if whole else "no file was written"
+            err.print(f"sloth-plugins: stopped; {there}", markup=False)
+            raise
     for file in made.files:
         out.print(f"{file}: {_size(file.stat().st_size)}", markup=False)
     if made.modelfile is not None:

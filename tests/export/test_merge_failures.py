@@ -405,6 +405,18 @@ def test_an_adapter_of_another_base_is_refused(place, tmp_path, other, said):
     refused(said, place / "run", tmp_path / "out", base=tmp_path / "other")
 
 
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], r".*\.(q|down)_proj"])
+def test_an_adapter_of_a_base_with_fewer_layers_is_refused(place, tmp_path, modules):
+    adapt(load(place / "base"), target_modules=modules).save_pretrained(place / "two")
+    save_base(tmp_path / "three", num_hidden_layers=3)
+    said = r"nothing for model\.layers\.2\..*three, which its target_modules name: .*with fewer layers"
+    refused(said, place / "two", tmp_path / "out", base=tmp_path / "three")
+    if isinstance(modules, list):  # PEFT chooses layers by lists alone
+        some = adapt(load(tmp_path / "three"), target_modules=modules, layers_to_transform=[0, 1])
+        some.save_pretrained(place / "some")
+        merge(place / "some", tmp_path / "out")
+
+
 def test_trained_tokens_of_a_larger_vocabulary_are_refused(place, tmp_path):
     adapt(load(place / "base"), trainable_token_indices=[3, 120]).save_pretrained(place / "tokens")
     save_base(tmp_path / "other", vocab_size=100)
@@ -425,6 +437,8 @@ def test_an_embedding_that_grew_without_its_head_is_refused(place, tmp_path):
             {"base_model_name_or_path": "me/nowhere"},
             "neither a folder nor in the Hub's cache; `hf download",
         ),
+        ({"base_model_name_or_path": "nowhere"}, "neither a folder nor in the Hub's cache; name its folder"),
+        ({"base_model_name_or_path": "runs/1/base"}, "neither a folder nor in the Hub's cache; name its folder"),
         ({"base_model_name_or_path": "/no/where"}, "the adapter's base /no/where is not there"),
         ({"base_model_name_or_path": None}, "names no base model"),
     ],
@@ -444,6 +458,12 @@ def test_saving_an_adapter_takes_no_options_of_merging(place, tmp_path, option):
 def test_a_folder_without_a_model_is_told(place, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("empty holds no model", tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "pytorch_model.bin").touch()
+    refused(r"pytorch_model\.bin is no safetensors file; load it with", tmp_path / "empty", tmp_path / "out")
+    shutil.copytree(place / "run", tmp_path / "named" / "mine")
+    refused("named holds no model: it is in .*named/mine, which can", tmp_path / "named", tmp_path / "out")
+    (place / "run" / "adapter_model.safetensors").rename(place / "run" / "adapter_model.bin")
+    refused(r"adapter_model\.bin is no safetensors file; load it with Peft", place / "run", tmp_path / "out")
     refused("a base .* goes with an adapter", place / "base", tmp_path / "out", base=place / "base")
 
 
