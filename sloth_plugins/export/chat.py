@@ -13,6 +13,19 @@ from typing import Any, Literal
 
 Message = dict[str, str]
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+# What a template may be given beside messages; what it is without them is what Ollama's is.
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
 # No template changes these: one word each, none part of another.
 MARKS = {role: [f"{role}Mark{letter}Text" for letter in "ABCD"] for role in (SYSTEM, USER, ASSISTANT)}
 
@@ -101,7 +114,22 @@ def unlike_ollama(tokenizer: Any, found: ChatFormat) -> list[str]:
     answer = {"role": ASSISTANT, "content": f"<think>{MARKS[ASSISTANT][1]}</think>{MARKS[ASSISTANT][0]}"}
     if MARKS[ASSISTANT][1] not in render(tokenizer, [question, answer, question]):
         notes.append("the chat template drops the thoughts of earlier answers, which Ollama's does not")
+    if _changes_with(tokenizer, tools=[TOOL]):
+        notes.append(
+            "the chat template writes tools, which the Modelfile's TEMPLATE leaves out, so Ollama refuses them"
+        )
+    if any(_changes_with(tokenizer, enable_thinking=value) for value in (True, False)):
+        notes.append("the chat template has enable_thinking; the Modelfile's TEMPLATE is as where that is not set")
     return notes
+
+
+def _changes_with(tokenizer: Any, **given: Any) -> bool:
+    """Whether the template heeds what is given beside a question; where it fails of it, it does."""
+    question = [{"role": USER, "content": MARKS[USER][0]}]
+    try:
+        return render(tokenizer, question, **given) != render(tokenizer, question)
+    except Unexpressible:
+        return True
 
 
 def turn_end(tokenizer: Any) -> int | None:
@@ -117,14 +145,15 @@ def turn_end(tokenizer: Any) -> int | None:
     return next((token for token in ids if token in special), None)
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = True) -> str:
-    """What the template makes of a conversation. Raises Unexpressible where it refuses."""
+def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = True, **given: Any) -> str:
+    """What the template makes of a conversation, and of `given`. Raises Unexpressible where it refuses."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         raise Unexpressible("the tokenizer has no chat template")
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
+        options = {"tokenize": False, "add_generation_prompt": generation, **given}
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise Unexpressible(f"the chat template refuses {roles}: {' '.join(str(error).split())}") from None

@@ -58,7 +58,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             return self.wfile.write(content if self.command == "GET" else b"")
-        return self._answer({"id": "/".join(parts[2:4]), "sha": "0" * 40, "siblings": [], "private": False})
+        name = "/".join(parts[2:4])
+        if name not in self.hub.repos:
+            return self._answer({"error": "no such repository"}, 404, [("X-Error-Code", "RepoNotFound")])
+        if parts[4:] == ["auth-check", "write"] and self.hub.refuses:
+            return self._answer({"error": self.hub.refuses}, 403)
+        private = bool(self.hub.repos[name]["private"])
+        return self._answer({"id": name, "sha": "0" * 40, "siblings": [], "private": private})
 
     def do_POST(self):
         body = self._body()
