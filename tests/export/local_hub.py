@@ -124,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             if broken and self.hub.refuses is None:
                 self.hub.refuses = "the line is down"
             elif broken:
+                # All of it is read, or the rest would be taken for the next request of this connection.
+                self.rfile.read(size)
                 return self._answer({"error": "the line is down"}, 403)
         content = self.rfile.read(size // 2 if broken else size)
         self.hub.received.append((oid, len(content)))
