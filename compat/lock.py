@@ -29,7 +29,7 @@ def pieces(patch: Any, *, of_trainer: bool = False) -> Iterator[tuple[str, bool]
     if patch.within is not None:
         yield patch.within, False
     for code in replaced_code(patch):
-        yield (code.partition(" | ")[0] if isinstance(code, str) else code.path), True
+        yield (code.partition(" | ")[0], True) if isinstance(code, str) else (code.path, code.deep)
 
 
 def code_of(path: str, deep: bool) -> dict[str, str] | None:

@@ -33,7 +33,10 @@ def sloth_trainers() -> list[TrainerSpec]:
         name="async_step",
         target="transformers.trainer:Trainer",
         replacement="sloth_plugins.patches.trainers.async_step:async_step",
-        replaces=("transformers.trainer:Trainer._run_epoch | transformers.trainer:Trainer._inner_training_loop",),
+        # The loop that asks whether a loss is finite, and not all that it calls, which is the whole trainer.
+        replaces=(
+            "transformers.trainer:Trainer._run_epoch alone | transformers.trainer:Trainer._inner_training_loop alone",
+        ),
         summary="the device is not waited for after each loss, and not while a batch is copied to it",
     )
     memory_plans = Patch(

@@ -14,7 +14,8 @@ from .requirements import malformed
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 OBJECT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-CODE_PATHS = re.compile(rf"{OBJECT_PATH.pattern}(\.[A-Za-z_]\w*)?( \| {OBJECT_PATH.pattern}(\.[A-Za-z_]\w*)?)*")
+CODE_PATH = rf"{OBJECT_PATH.pattern}(\.[A-Za-z_]\w*)?( alone)?"
+CODE_PATHS = re.compile(rf"{CODE_PATH}( \| {CODE_PATH})*")
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 GGUF_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 ATTRIBUTE_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -139,7 +140,8 @@ class Patch:
     `formerly` holds other paths under which upstream has had the target; the first path that exists is taken.
     `replaces` holds other upstream code that the patch stands in for or depends on: `"package.module:function"`,
     `"package.module:Class.method"`, or `"package.module:Class"` for its forward. An entry may list alternatives for
-    other versions, separated by `" | "`: the first that exists counts, and the patch is left out where none does.
+    other versions, separated by `" | "`: the first that exists counts, and the patch is left out where none does. What
+    a piece of code calls in its own module and class counts as well, unless `" alone"` stands behind it.
     `where` maps config attributes (dotted for nested ones) to the values that the patch is written for. `requires`
     holds PEP 508 strings. `fingerprints` holds those of the upstream code that the patch is written for, of the target
     and of the caller, as `sloth_plugins.fingerprint` computes them; with none, code of which the compat matrix has a
@@ -178,7 +180,7 @@ class Patch:
         if isinstance(self.replaces, str):
             raise SpecError(f"{owner}: replaces={self.replaces!r} is not a tuple of paths")
         for path in self.replaces:
-            hint = "'package.module:function', '...:Class' or '...:Class.method', alternatives separated by ' | '"
+            hint = "'package.module:function', '...:Class' or '...:Class.method', ' alone' behind, or several by ' | '"
             _must_match(CODE_PATHS, owner, "replaces", path, hint)
         for text in self.fingerprints:
             _must_match(FINGERPRINT, owner, "fingerprints", text, "16 hexadecimal digits")

@@ -70,14 +70,15 @@ def read_turns(render: Render, special: Iterable[str]) -> Turns:
     )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = True) -> str:
-    """What the template makes of a conversation. Raises Unexpressible where it refuses."""
+def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool = True, **given: Any) -> str:
+    """What the template makes of a conversation, and of `given`. Raises Unexpressible where it refuses."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         raise Unexpressible("the tokenizer has no chat template")
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
+        options = {"tokenize": False, "add_generation_prompt": generation, **given}
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise Unexpressible(f"the chat template refuses {roles}: {' '.join(str(error).split())}") from None

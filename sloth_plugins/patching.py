@@ -172,14 +172,16 @@ def examine(
         outcome = _outcome(item, by_binding.get(id(binding)), kind)
         outcomes.append(replace(outcome, tested=_tested(item, territory, environment)))
     _refuse_if_named(items, outcomes, selection)
-    outcomes += construction.outcomes_of(trainer)
+    # What runs only when it is named is no news where nobody has.
+    told = [outcome for item, outcome in zip(items, outcomes, strict=True) if item.selected or item.patch.default]
+    told += construction.outcomes_of(trainer)
     changed = 0 if dry else application.apply(wanted)
     if trainer is not None and not dry:
         trainers.remember(trainer)
     report = Report(
         environment=environment,
         selection=selection.text,
-        outcomes=tuple(outcomes),
+        outcomes=tuple(told),
         unknown=territory.unknown,
         towers=territory.towers,
         changed=changed,

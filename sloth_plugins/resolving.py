@@ -38,14 +38,21 @@ class Binding:
     drift: str | None = field(default=None, compare=False)
 
 
+ALONE = " alone"
+
+
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A function of upstream's, or a method of `owner`; `module` is where upstream has it compiled."""
+    """A function of upstream's, or a method of `owner`; `module` is where upstream has it compiled.
+
+    `deep` says that what it calls counts as well.
+    """
 
     path: str
     function: Any
     owner: type | None
     module: str
+    deep: bool = True
 
 
 class Refused(Exception):
@@ -176,8 +183,11 @@ def target_path(patch: Patch) -> str:
 
 
 def upstream_code(path: str) -> Code | None:
-    """The code of "module:function", "module:Class.method", or "module:Class" for its forward; None where it is not."""
-    module_name, _, name = path.partition(":")
+    """The code of "module:function", "module:Class.method", or "module:Class" for its forward; None where it is not.
+
+    With " alone" behind, it is the code without what that calls.
+    """
+    module_name, _, name = path.removesuffix(ALONE).partition(":")
     name, _, method = name.partition(".")
     try:
         found = getattr(import_module(module_name), name, None)
@@ -187,10 +197,12 @@ def upstream_code(path: str) -> Code | None:
     if found is None or getattr(found, "__module__", module_name) != module_name:
         return None
     if not isinstance(found, type):
-        return None if method else Code(path, original_of(found), None, module_name)
+        return None if method else Code(path, original_of(found), None, module_name, not path.endswith(ALONE))
     method = method or "forward"
     function = getattr(found, method, None)
-    return Code(path, function, found, _defining(found, method).__module__) if callable(function) else None
+    if not callable(function):
+        return None
+    return Code(path, function, found, _defining(found, method).__module__, not path.endswith(ALONE))
 
 
 def replaced_code(patch: Patch) -> list[Code | str]:
@@ -211,7 +223,7 @@ def _replaced_drift(patch: Patch) -> str | None:
         foreign = foreign_layer(code.function, code.module)
         if foreign is not None:
             raise Refused(Skip(f"{code.path.partition(':')[2]} was replaced by {foreign}"))
-        drift = drift or _drift(patch, code.path, code.function, code.owner, deep=True)
+        drift = drift or _drift(patch, code.path, code.function, code.owner, deep=code.deep)
     return drift
 
 

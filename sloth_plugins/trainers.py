@@ -62,8 +62,10 @@ def _hidden(trainer: Any, binding: Binding) -> str | None:
     except Refused as refused:
         return str(refused.skip)
     for name, method in methods.items():
-        if name in vars(trainer):
-            return f"{name} of this {kind.__name__} was replaced by {home(vars(trainer)[name])}"
+        # Ours stands there for the time of the training, in which the trainer is looked at again.
+        own = home(vars(trainer)[name]) if name in vars(trainer) else ""
+        if own and not own.startswith("sloth_plugins.patches."):
+            return f"{name} of this {kind.__name__} was replaced by {own}"
         defining = next(base for base in kind.__mro__ if name in vars(base))
         is_wrapped = getattr(method, "__wrapped__", None) is getattr(kind, name)
         if not is_wrapped and not issubclass(binding.kind, defining):

@@ -191,10 +191,9 @@ class AttentionBlock(torch.autograd.Function):
         """Gradients of x and of the adapters."""
         run: Run = ctx.run
         n_inputs = len(ctx.needs_input_grad) - 1
-        is_parked = run.parked is not None
-        (x, *_), made = unstash(ctx, n_inputs - is_parked)
-        # The MLP's backward, which comes first, has fetched it.
-        x = run.x if run.x is not None else x
+        inputs, made = unstash(ctx, n_inputs - (run.parked is not None))
+        # Where it was parked, the MLP's backward, which comes first, has fetched it.
+        x = inputs[0] if run.x is None else run.x
         repeatable = graph_is_kept()
         if run.policy is Policy.KEEP:
             made = _unflat(made)

@@ -79,6 +79,9 @@ def documents_of(mask: Any, position_ids: Any, rows: int, window: int | None) ->
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     tensors = (mask,) if position_ids is None else (mask, position_ids)
+    # Those of inference mode have no version to be known again by.
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
     known = _last.get(window)
     if known is None or not known.is_of(tensors, rows):
         refs = tuple(weakref.ref(tensor) for tensor in tensors)

@@ -136,9 +136,8 @@ class MLPBlock(torch.autograd.Function):
         run: Run = ctx.run
         parts = run.parts
         repeatable = graph_is_kept()
-        (source, *_), made = unstash(ctx, len(ctx.needs_input_grad) - 2 - (run.parked is not None))
-        if run.parked is not None:
-            source = attention_block.fetch(run, keep=repeatable)
+        inputs, made = unstash(ctx, len(ctx.needs_input_grad) - 2 - (run.parked is not None))
+        source = inputs[0] if run.parked is None else attention_block.fetch(run, keep=repeatable)
         flat, shape = rows(grad), source.shape
         overwrite = run.may_overwrite and not repeatable
         if run.policy is Policy.KEEP:

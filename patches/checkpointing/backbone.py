@@ -3,7 +3,9 @@
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +21,8 @@ from .stack import Stack
 
 Forward = Callable[..., Any]
 _stacks: WeakKeyDictionary[torch.nn.Module, Stack] = WeakKeyDictionary()
+# The least that a process has, by backbone.
+_ceilings: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 # What was allowed for one model and not by the environment.
 _budgets: WeakKeyDictionary[torch.nn.Module, Budget] = WeakKeyDictionary()
 
@@ -34,7 +38,18 @@ def host_budget() -> int:
         return 0
     import psutil
 
-    return host_bytes(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = min(psutil.virtual_memory().available, _cgroup_bytes())
+    return host_bytes(available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _cgroup_bytes() -> int:
+    """What a container's limit leaves; without one, more than there is."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
 
 
 def stack_of(module: torch.nn.Module) -> Stack | None:
@@ -43,14 +58,16 @@ def stack_of(module: torch.nn.Module) -> Stack | None:
     known = _stacks.get(module)
     if known is not None and known.modules == layers:
         return known
-    device = next((p.device for layer in layers for p in layer.parameters()), None)
-    memory = None if device is None else memory_of(device)
+    devices = {p.device for layer in layers for p in layer.parameters()}
+    if len(devices) > 1:
+        say_once("memory: nothing is planned, because the layers are on several devices")
+    memory = memory_of(devices.pop()) if len(devices) == 1 else None
     if memory is None:
         return None
     trained = [p for p in module.parameters() if p.requires_grad]
     budget = _budgets.get(module) or from_environment()
     stack = _stacks[module] = Stack(layers, trained, memory, budget, _tell)
-    stack.host_budget = host_budget()
+    stack.host_budget, stack.ceiling = host_budget(), _ceilings.get(module)
     for name in _superseded(layers):
         say_once(f"memory: {name} is superseded by the plan, which says for each layer what it computes again")
     return stack
@@ -75,25 +92,29 @@ def allow(model: torch.nn.Module, budget: Budget) -> None:
                 _stacks[module].budget = budget
 
 
+def stacks() -> list[Stack]:
+    """All that are planned in this process."""
+    return list(_stacks.values())
+
+
 def stacks_of(model: torch.nn.Module) -> list[Stack]:
     """The layers of all backbones in a model that are planned."""
     return [stack for module in model.modules() if (stack := _stacks.get(module)) is not None]
 
 
-def agree(model: torch.nn.Module) -> None:
-    """Let all processes plan with the memory of the one that has least. To be called by all of them."""
-    for module in model.modules():
-        stack = stack_of(module) if _layers_of(module) else None
-        if stack is not None:
-            least = torch.tensor(stack.memory.capacity(), device=_device_of_messages(module))
-            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-            stack.ceiling = int(least)
-
-
-def _device_of_messages(module: torch.nn.Module) -> torch.device:
-    """Where the process group takes tensors from."""
+def agree(model: torch.nn.Module, device: torch.device) -> None:
+    """Let all processes plan with the memory of the one that has least on its device. To be called by all of them."""
+    memory = memory_of(device)
+    if memory is None:
+        return
     on_gpu = torch.distributed.get_backend() == "nccl"
-    return next(module.parameters()).device if on_gpu else torch.device("cpu")
+    least = torch.tensor(memory.capacity(), device=device if on_gpu else "cpu")
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    for module in model.modules():
+        if _layers_of(module):
+            _ceilings[module] = int(least)
+            if module in _stacks:
+                _stacks[module].ceiling = int(least)
 
 
 def _layers_of(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
@@ -115,9 +136,10 @@ def told(stack: Stack) -> str:
     if plan is None:
         return f"memory: {stack.shape.tokens} tokens, nothing is known yet"
     staying = f", {gib(stack.staying)} of weights kept unpacked" if stack.staying else ""
+    allowed = "as little as goes" if stack.budget.kind == "min" else f"of {gib(stack.limit)} allowed"
     return (
         f"memory: {plan.shape.tokens} tokens, {', '.join(plan.groups())}; {plan.share:.0%} of computing all again"
-        f"{staying}, {gib(stack.predicted)} expected of {gib(stack.limit)} allowed"
+        f"{staying}, {gib(stack.predicted)} expected {allowed}"
     )
 
 
@@ -142,6 +164,9 @@ def backbone(original: Forward) -> Forward:
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             if not self.training and self in _stacks:
                 _stacks[self].at_rest()
+            return original(self, *args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            # Of nn.DataParallel, which makes them anew for each forward.
             return original(self, *args, **kwargs)
         shape = _shape_of({**dict(zip(names, args, strict=False)), **kwargs})
         stack = None if shape is None else stack_of(self)

@@ -49,12 +49,12 @@ def kept(parts: Parts, tokens: int, policy: Policy, width: int, graph: int = 0) 
     return tokens * per_token + graph
 
 
-def offloaded(parts: Parts, tokens: int, policy: Policy, width: int) -> int:
-    """Of what a layer keeps under a policy, the bytes that host memory can hold: x and the attention's output."""
-    moved = parts.qkv.k * width
+def offloaded(parts: Parts, tokens: int, policy: Policy, width: int) -> list[int]:
+    """Bytes of those tensors that a layer keeps under a policy and that may wait in host memory."""
+    sizes = [tokens * parts.qkv.k * width]
     if policy is Policy.ATTENTION:
-        moved += _heads(parts)[0] * parts.qkv.dtype.itemsize
-    return tokens * moved
+        sizes.append(tokens * _heads(parts)[0] * parts.qkv.dtype.itemsize)
+    return sizes
 
 
 def work(parts: Parts, tokens: int, policy: Policy, width: int) -> int:

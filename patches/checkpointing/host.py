@@ -16,20 +16,30 @@ Tensor = torch.Tensor
 IN_FLIGHT = 2
 
 
-class _Buffers:
-    """Host memory by size, pinned for a GPU."""
+def buffer_size(size: int) -> int:
+    """Bytes of host memory that so many bytes take: the next power of two, as torch pins it."""
+    return 1 << max(0, size - 1).bit_length()
 
-    def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
+
+class _Buffers:
+    """Host memory, pinned for a GPU; at most `budget` bytes unless more are in use."""
+
+    def __init__(self, pinned: bool, budget: int) -> None:
+        self._pinned, self._budget = pinned, budget
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.bytes = 0
 
     def take(self, size: int) -> Tensor:
-        """So many bytes [size]."""
-        if self._free[size]:
-            return self._free[size].pop()
-        self.bytes += size
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        """So many bytes [size], of a buffer that may have more."""
+        whole = buffer_size(size)
+        if not self._free[whole]:
+            for other, buffers in self._free.items():
+                while buffers and self.bytes + whole > self._budget:
+                    buffers.pop()
+                    self.bytes -= other
+            self.bytes += whole
+            self._free[whole].append(torch.empty(whole, dtype=torch.uint8, pin_memory=self._pinned))
+        return self._free[whole].pop()
 
     def give(self, buffers: Sequence[Tensor]) -> None:
         """These are free again."""
@@ -40,9 +50,9 @@ class _Buffers:
 class Host:
     """Where layers of one device park tensors."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, budget: int) -> None:
         self.device = device
-        self.buffers = _Buffers(device.type == "cuda")
+        self.buffers = _Buffers(device.type == "cuda", budget)
         self.out = self.back = None
         if device.type == "cuda":
             self.out, self.back = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
@@ -106,9 +116,8 @@ class Parked:
         return self._fetched is not None
 
     def _views(self) -> list[Tensor]:
-        return [
-            buffer.view(dtype).view(shape) for buffer, (shape, dtype) in zip(self._buffers, self._like, strict=True)
-        ]
+        pairs = zip(self._buffers, self._like, strict=True)
+        return [buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape) for buffer, (shape, dtype) in pairs]
 
     def copy_out(self, tensors: Sequence[Tensor]) -> None:
         """Begin to fill the host's memory."""
@@ -129,6 +138,8 @@ class Parked:
             with torch.cuda.stream(back):
                 for tensor, view in zip(fetched, self._views(), strict=True):
                     tensor.copy_(view, non_blocking=True)
+                    # In case that nobody takes it.
+                    tensor.record_stream(back)
                 self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
                 self._event.record(back)
         else:

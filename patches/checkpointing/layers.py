@@ -10,6 +10,7 @@ import torch
 from ..blocks.policy import Policy
 from ..blocks.run import Parts, Run
 from . import bytes as formulas
+from .host import buffer_size
 from .meters import GraphMeter, LayerMeter
 from .options import Option
 
@@ -46,13 +47,14 @@ class Rates:
     """What a measurement says of all layers of a kind.
 
     `products` and `attention` are the seconds that computing again takes for a token and for a pair; `graph` the bytes
-    that were kept beside what a formula knows, for the micro-batch `of`.
+    that were kept beside what a formula knows, and `given` those of a layer's input, for the micro-batch `of`.
     """
 
     products: float
     attention: float
     graph: int
     of: Shape
+    given: int = 0
 
     def graph_for(self, shape: Shape) -> int:
         """The bytes for another micro-batch, at most."""
@@ -67,6 +69,7 @@ class Fused:
     width: int
     kind: tuple[Any, ...]
     meter: LayerMeter
+    has_backward: bool
 
     @classmethod
     def of(cls, run: Run, x: torch.Tensor) -> "Fused":
@@ -78,10 +81,14 @@ class Fused:
             run.attention.implementation,
             run.attention.keywords.get("sliding_window"),
         )
-        return cls(parts, x.element_size(), kind, LayerMeter(x.is_cuda))
+        trained = any(p.requires_grad for group in parts.groups for p in group.parameters())
+        has_backward = x.requires_grad or trained
+        return cls(parts, x.element_size(), (*kind, has_backward), LayerMeter(x.is_cuda), has_backward)
 
     def rates(self, shape: Shape) -> Rates | None:
-        """What its meter found in a backward for `shape`; None before the device has got there."""
+        """What its meter found in a backward for `shape`; None before there was one."""
+        if not self.has_backward:
+            return Rates(0.0, 0.0, 0, shape)
         again, attention = self.meter.again_seconds, self.meter.attention_span.seconds()
         if again is None or attention is None:
             return None
@@ -90,6 +97,8 @@ class Fused:
 
     def options(self, shape: Shape, rates: Rates, *, host: bool) -> list[Option]:
         """The ways it has for a micro-batch; with `host`, those too that put something into host memory."""
+        if not self.has_backward:
+            return [Option(policy, False, 0, 0, 0, 0.0) for policy in (Policy.KEEP, Policy.INPUT)]
         graph, products = rates.graph_for(shape), rates.products * shape.tokens
         again = products + rates.attention * shape.pairs
         seconds = {Policy.KEEP: 0.0, Policy.ATTENTION: products, Policy.INPUT: again}
@@ -101,10 +110,11 @@ class Fused:
             work += 2 * graph if policy is Policy.INPUT else graph
             options.append(Option(policy, False, kept, 0, work, cost))
             if host and policy is not Policy.KEEP and not (graph and policy is Policy.ATTENTION):
-                moved = formulas.offloaded(self.parts, shape.tokens, policy, self.width)
+                sizes = formulas.offloaded(self.parts, shape.tokens, policy, self.width)
+                moved, held = sum(sizes), sum(map(buffer_size, sizes))
                 # One layer's is on its way while that of the next is used.
                 cost += _transfer(moved, again)
-                options.append(Option(policy, True, kept - moved, moved, work + 2 * moved, cost))
+                options.append(Option(policy, True, kept - moved, held, work + 2 * moved, cost))
         return options
 
 
@@ -116,20 +126,22 @@ class Foreign:
     meter: GraphMeter
 
     @classmethod
-    def of(cls, module: torch.nn.Module) -> "Foreign":
-        """The layer that a module is."""
-        return cls((type(module), getattr(module, "attention_type", None)), GraphMeter())
+    def of(cls, module: torch.nn.Module, *, is_below: bool) -> "Foreign":
+        """The layer that a module is; `is_below` where nothing up to it is trained."""
+        return cls((type(module), getattr(module, "attention_type", None), is_below), GraphMeter())
 
     def rates(self, shape: Shape) -> Rates | None:
-        """What its meter found in a forward for `shape`; None if it was none, or before the device has got there."""
+        """What its meter found in a forward for `shape`; None before there was one."""
         seconds = self.meter.span.seconds()
-        return None if seconds is None else Rates(seconds / shape.tokens, 0.0, self.meter.graph, shape)
+        if seconds is None:
+            return None
+        return Rates(seconds / shape.tokens, 0.0, self.meter.graph, shape, self.meter.given)
 
     def options(self, shape: Shape, rates: Rates, *, host: bool) -> list[Option]:
         """It keeps everything, or its input and then makes all of it again while its backward runs."""
         del host
         kept = rates.graph_for(shape)
-        given = min(kept, int(self.meter.given * shape.tokens / rates.of.tokens))
+        given = min(kept, int(rates.given * shape.tokens / rates.of.tokens))
         return [
             Option(Policy.KEEP, False, kept, 0, kept // 2, 0.0),
             Option(Policy.INPUT, False, given, 0, kept + kept // 2, rates.products * shape.tokens),

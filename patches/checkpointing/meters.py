@@ -1,7 +1,7 @@
 """What cannot be known from shapes: how long a layer takes, and what the graphs of other code keep."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,12 +33,13 @@ class Span:
         return event
 
     def seconds(self) -> float | None:
-        """How long it was; None if it never was, or while the device has not got there."""
+        """How long it was, waiting for the device to get there; None if it never was."""
         if self._end is None:
             return None
         if not self._cuda:
             return float(self._end - self._begin)
-        return float(self._begin.elapsed_time(self._end)) / 1e3 if self._end.query() else None
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) / 1e3
 
 
 class _Saved:
@@ -64,15 +65,20 @@ class _Saved:
 
     def without(self, *tensors: torch.Tensor) -> None:
         """Do not count these."""
-        for tensor in tensors:
-            self._sizes.pop(tensor.untyped_storage()._cdata, None)
+        self.drop(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    def drop(self, storages: Iterable[int]) -> None:
+        """Do not count the storages at these addresses."""
+        for address in storages:
+            self._sizes.pop(address, None)
 
 
 class LayerMeter:
     """Of a fused layer: what its backward computes again, the attention in that, and the graph of that attention."""
 
-    def __init__(self, cuda: bool) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: bool, *, forward: bool = False) -> None:
+        """With `forward`, the graph of an attention that runs for the first time is counted."""
+        self._cuda, self._forward = cuda, forward
         self._again: list[Span] = []
         self.attention_span = Span(cuda)
         self._is_again = False
@@ -85,7 +91,7 @@ class LayerMeter:
 
     @property
     def again_seconds(self) -> float | None:
-        """What computing again took in all; None before the device has done it."""
+        """What computing again took in all; None if nothing was."""
         parts = [span.seconds() for span in self._again]
         known = [seconds for seconds in parts if seconds is not None]
         return sum(known) if parts and len(known) == len(parts) else None
@@ -103,8 +109,8 @@ class LayerMeter:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """Around the attention core; what it is within `again` counts, since a forward keeps no graph of it."""
-        if not self._is_again:
+        """Around the attention core; what it is within `again` counts, where a forward keeps no graph of it."""
+        if not self._is_again and not self._forward:
             yield
             return
         with self.attention_span.measuring(), self._saved.hooks():
@@ -133,10 +139,13 @@ class GraphMeter:
     def watching(self, module: torch.nn.Module) -> Iterator[None]:
         """Within it, forwards of the module are measured."""
         running: list[Any] = []
+        weights: list[int] = []
 
         def before(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else kwargs["hidden_states"]
             self.span, self.given = Span(x.is_cuda), x.nbytes
+            # Now, while they are whole: sharding frees what it has gathered before `after` runs.
+            weights[:] = [p.untyped_storage()._cdata for p in module.parameters()]
             running[:] = [self._saved.hooks(), self.span.measuring()]
             for context in running:
                 context.__enter__()
@@ -145,7 +154,7 @@ class GraphMeter:
             for context in reversed(running):
                 context.__exit__(None, None, None)
             running.clear()
-            self._saved.without(*module.parameters())
+            self._saved.drop(weights)
 
         handles = [
             module.register_forward_pre_hook(before, with_kwargs=True),

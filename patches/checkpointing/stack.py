@@ -5,6 +5,7 @@ costs. From then on the plan depends on the micro-batch and on the memory that i
 where both have come before.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,8 +29,8 @@ from .solver import solve, tightest
 GRAIN = 1 / 256
 # Micro-batches so many times as large as any before are measured again rather than reckoned from those.
 STRETCH = 1.5
-# Bytes that an optimizer which has not stepped yet will keep of each number that is trained: two in fp32.
-UNBORN_STATE = 8
+# Of what is allowed, once that has turned out to be too much; and how it grows back with each micro-batch that fits.
+CUT, GROWTH = 0.98, 1.0005
 
 
 class Stack:
@@ -65,10 +66,19 @@ class Stack:
         self._learning: Shape | None = None
         self._learned: Shape | None = None
         self._taken_in: Shape | None = None
-        # Bytes that the rest of the model and the loss take once the layers have run, and then the layers' backward.
-        self._after = self._work = 0
-        self._versions: list[int] = []
-        self._has_stepped = False
+        # Bytes that the rest of the model and the loss take once the layers have run, and then the layers' backward;
+        # what is held between the two beyond what there was when the forward began.
+        self._after = self._work = self._held = self._began = 0
+        # Plans since a micro-batch last came through, and the limit for its next attempt.
+        self._tried: deque[tuple[Shape, Plan]] = deque(maxlen=8)
+        self._attempt: int | None = None
+        self._learns_on_host = False
+        # How attention has run, of which the graph of each kind was counted.
+        self._ways: set[str] = set()
+        self._new_ways: list[tuple[str, tuple[Any, ...], LayerMeter]] = []
+        self._new_shape = Shape(1, 1)
+        # The plan that did most again.
+        self.worst: Plan | None = None
 
     @contextmanager
     def forward(self, shape: Shape) -> Iterator[None]:
@@ -76,23 +86,30 @@ class Stack:
         self._decide(shape.rounded_up())
         firsts = self._firsts()
         with ExitStack() as stack:
+            stack.push(self._landing)
             stack.enter_context(choosing(self._choose))
             for i, module in enumerate(self.modules):
                 known = self._layers.get(i)
                 if self._learning is not None and isinstance(known, Foreign) and i in firsts:
                     stack.enter_context(checkpointed(module, False))
                     stack.enter_context(known.meter.watching(module))
-                elif self._learning is not None or isinstance(known, Foreign):
-                    stack.enter_context(checkpointed(module, self._policy(i) is Policy.INPUT))
+                elif isinstance(known, Foreign) or self._policy(i) is not Policy.KEEP:
+                    # A fused layer looks at its policy; but with the flag upstream fills no cache, which would be kept.
+                    stack.enter_context(checkpointed(module, self._policy(i) is not Policy.KEEP))
             yield
         for i, module in enumerate(self.modules):
             if i not in self._layers:
-                self._layers[i] = Foreign.of(module)
+                above = self.modules[: i + 1]
+                is_below = not any(p.requires_grad for layer in above for p in layer.parameters())
+                self._layers[i] = Foreign.of(module, is_below=is_below)
+
+    def _landing(self, *error: Any) -> None:
+        """The forward is over, or was interrupted: nothing is held for copies to the host any more."""
+        if self.host is not None:
+            self.host.land()
 
     def ended(self, output: torch.Tensor) -> None:
         """The backbone has given its output; the rest of the model and the loss come until that gets its gradient."""
-        if self.host is not None:
-            self.host.land()
         if self._learning is None or not output.requires_grad:
             return
         shape, before = self._learning, self.memory.allocated()
@@ -101,10 +118,11 @@ class Stack:
         def loss_is_done(grad: torch.Tensor) -> None:
             self._after = max(0, self.memory.peak() - before)
             self.memory.reset()
-            kept = self.memory.allocated()
+            held = self.memory.allocated()
+            self._held = held - self._began
 
             def backward_is_done() -> None:
-                self._work = max(0, self.memory.peak() - kept)
+                self._work = max(0, self.memory.peak() - held)
                 self._learned = shape
 
             torch.autograd.Variable._execution_engine.queue_callback(backward_is_done)
@@ -112,11 +130,24 @@ class Stack:
         output.register_hook(loss_is_done)  # type: ignore[no-untyped-call]  # torch's
 
     def tighten(self, factor: float) -> bool:
-        """Plan with less from now on, as the last plan took too much; False if that was the tightest there is."""
-        if self.current is None or self.current.options == tightest(self._options(self.shape), self.host_budget):
+        """Plan the next attempt with less, as the last took too much; False if that was the tightest there is."""
+        if self.current is None:
+            # While it learns there is one thing that takes less.
+            self._learns_on_host, before = self.host_budget > 0, self._learns_on_host
+            return self._learns_on_host and not before
+        tried = list(self._tried)
+        self._tried.clear()
+        if all(plan.options == tightest(self._options(shape), self.host_budget) for shape, plan in tried):
             return False
-        self.share = factor * min(self.share, self.predicted / max(1, self._allowed()))
+        self._attempt = int(factor * (self.predicted if self._attempt is None else self._attempt))
+        self.share *= CUT
         return True
+
+    def came_through(self) -> None:
+        """A micro-batch has run forward and backward."""
+        self._tried.clear()
+        self._attempt = None
+        self.share = min(1.0, self.share * GROWTH)
 
     def largest(self) -> int | None:
         """About how many tokens the tightest plan would fit, at the last micro-batch's length; None if unknown."""
@@ -140,7 +171,11 @@ class Stack:
     def _left(self) -> int:
         """Bytes that a plan may take now, weights that stay among them."""
         self.limit = int(self._allowed() * self.share)
-        return self.limit - self.memory.allocated() - self._unborn() + weights.staying(self._fused())
+        if self._attempt is not None:
+            self.limit = min(self.limit, self._attempt)
+        # Gradients that are not there yet come while activations go.
+        unborn = sum(p.nbytes for p in self.trained if p.grad is None)
+        return self.limit - self.memory.allocated() - unborn + weights.staying(self._fused())
 
     def _fused(self) -> list[Parts]:
         return [layer.parts for _, layer in sorted(self._layers.items()) if isinstance(layer, Fused)]
@@ -148,6 +183,7 @@ class Stack:
     def at_rest(self) -> None:
         """What runs now is no training, and may need all memory that is not taken for good."""
         weights.drop(self._fused())
+        self.host = None
 
     def _policy(self, i: int) -> Policy:
         return Policy.INPUT if self.current is None else self.current.options[i].policy
@@ -163,11 +199,24 @@ class Stack:
             if isinstance(known, Foreign) or (known is not None and known.kind != self._layers[i].kind):
                 self._plans.clear()
         fused = self._layers[i]
-        if self._learning is not None and isinstance(fused, Fused) and i in self._firsts():
+        assert isinstance(fused, Fused), "it was made so"
+        way = "plain" if run.attention.is_plain else "graph" if run.attention.documents is None else "documents"
+        if self._learning is not None and i in self._firsts():
             run.meter = fused.meter = LayerMeter(x.is_cuda)
-        if self.current is not None and self.current.options[i].on_host:
-            run.host = self.host = self.host or Host(x.device)
+            self._ways.add(way)
+        elif way not in self._ways and self.current is not None and self._policy(i) is not Policy.INPUT:
+            # Padding, say, for the first time: this one may take more than was planned, and the next are known.
+            run.meter = meter = LayerMeter(x.is_cuda, forward=True)
+            self._new_ways.append((way, fused.kind, meter))
+            self._new_shape = self.shape
+        if self._is_on_host(i):
+            run.host = self.host = self.host or Host(x.device, self.host_budget)
         return self._policy(i)
+
+    def _is_on_host(self, i: int) -> bool:
+        if self.current is not None:
+            return self.current.options[i].on_host
+        return self._learns_on_host and i < len(self.modules) - 1
 
     def _firsts(self) -> set[int]:
         """The first layer of each kind, which stands for all."""
@@ -180,14 +229,17 @@ class Stack:
         """Set the plan for a micro-batch, or find that there is something to learn first."""
         self.current, self._learning, self.shape = None, None, shape
         if not self._is_known(shape):
-            self._learning = shape
+            self._learning, self._began = shape, self.memory.allocated()
             return
         left = self._left()
         grain = max(1, int(self.limit * GRAIN))
-        key = shape, left // grain
+        key = shape, left // grain * grain
         if key not in self._plans:
-            self._plans[key] = self._solve(shape, key[1] * grain)
+            self._plans[key] = self._solve(*key)
         self.current = self._plans[key]
+        self._tried.append((shape, self.current))
+        if self.worst is None or self.current.share > self.worst.share:
+            self.worst = self.current
         # Kept activations save more for a byte, so weights get what these leave over.
         spare = left - self.current.peak if self.current.share == 0.0 else 0
         self.staying = weights.fit(self._fused(), shape.tokens, int(weights.SHARE * spare))
@@ -204,9 +256,16 @@ class Stack:
             self._plans.clear()
             if all(rates is not None for _, rates in measured):
                 self._taken_in = self._learned
+        for way, kind, meter in self._new_ways:
+            self._ways.add(way)
+            rates = self._rates[kind]
+            if meter.graph > rates.graph_for(self._new_shape):
+                self._rates[kind] = replace(rates, graph=int(meter.graph / self._new_shape.beyond(rates.of)))
+                self._plans.clear()
+        self._new_ways = []
         if any(layer.kind not in self._rates for layer in self._layers.values()):
             return False
-        return shape.beyond(self._learned) <= STRETCH or self._is_small(shape)
+        return shape.tokens <= STRETCH * self._learned.tokens or self._is_small(shape)
 
     def _is_small(self, shape: Shape) -> bool:
         """Whether everything may be kept by far, so that nothing need be known exactly."""
@@ -219,11 +278,16 @@ class Stack:
 
     def _options(self, shape: Shape) -> list[list[Option]]:
         assert self._learned is not None, "asked once that is known"
-        # The worst moment of the backward that was measured, when all but the input was computed again.
-        worst = max(ways[-1].work for ways in self._formulas(self._learned, host=False))
-        factor = self._work / worst if worst else 1.0
+        # The worst moment of the backward that was measured, when all but the input was computed again; and what the
+        # rest of the model holds meanwhile.
+        formulas, firsts = self._formulas(self._learned, host=False), self._firsts()
+        # A layer of upstream's that was measured kept everything.
+        measured = [isinstance(self._layers[i], Foreign) and i in firsts for i in range(len(formulas))]
+        kept = [ways[0 if whole else -1] for ways, whole in zip(formulas, measured, strict=True)]
+        factor = self._work / max(1, *(ways[-1].work for ways in formulas))
+        rest = max(0, self._held - sum(option.kept for option in kept)) * shape.tokens // self._learned.tokens
         ways = self._formulas(shape, host=self.host_budget > 0)
-        return [[replace(option, work=int(option.work * factor)) for option in options] for options in ways]
+        return [[replace(option, work=int(option.work * factor) + rest) for option in options] for options in ways]
 
     def _formulas(self, shape: Shape, *, host: bool) -> list[list[Option]]:
         layers = (self._layers[i] for i in range(len(self.modules)))
@@ -236,13 +300,3 @@ class Stack:
         plan = tightest(options, self.host_budget) if found is None else found
         everything = sum(max(option.seconds for option in ways) for ways in options)
         return Plan(plan, shape, peak(plan, after), everything, found is not None)
-
-    def _unborn(self) -> int:
-        """Bytes of gradients, and of an optimizer's states, that are not there yet."""
-        size = sum(p.nbytes for p in self.trained if p.grad is None)
-        if not self._has_stepped:
-            versions = [p._version for p in self.trained]
-            self._has_stepped = bool(self._versions) and versions != self._versions
-            self._versions = versions
-            size += 0 if self._has_stepped else UNBORN_STATE * sum(p.numel() for p in self.trained)
-        return size

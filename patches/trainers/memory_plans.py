@@ -21,11 +21,15 @@ def planned(trainer: type) -> dict[str, Method]:
 @contextmanager
 def _training(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     if int(trainer.args.world_size) > 1 and torch.distributed.is_initialized():
-        agree(trainer.model)
-    yield
-    for stack in stacks_of(trainer.model):
-        if stack.current is not None:
-            say_once(
-                f"memory: at most {gib(stack.memory.peak())} were allocated, {gib(stack.limit)} allowed; the last "
-                f"plan, for {stack.shape.tokens} tokens: {', '.join(stack.current.groups())}"
-            )
+        agree(trainer.model, trainer.args.device)
+    try:
+        yield
+        for stack in stacks_of(trainer.model):
+            if stack.worst is not None:
+                say_once(
+                    f"memory: at most {gib(stack.memory.peak())} were allocated; the plan that computed most again, "
+                    f"for {stack.worst.shape.tokens} tokens: {', '.join(stack.worst.groups())}"
+                )
+    finally:
+        for stack in stacks_of(trainer.model):
+            stack.at_rest()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checkpointing.backbone import stacks_of
+from ..checkpointing.backbone import stacks, stacks_of
 from ..checkpointing.plan import gib
 from ..checkpointing.stack import Stack
 from ..kernels.notices import say_once
@@ -19,6 +19,8 @@ from .scope import Method
 
 # Of what was allowed, after each attempt.
 TIGHTER = 0.92
+# Bytes of gradients up to which those of a micro-batch are added to the others only once it has come through.
+ASIDE = 2**30
 
 
 def retried(trainer: type) -> dict[str, Method]:
@@ -28,42 +30,65 @@ def retried(trainer: type) -> dict[str, Method]:
 
 
 class _Before:
-    """Gradients and generators as they are before a micro-batch, which begins without gradients."""
+    """Gradients and generators as they are before a micro-batch.
+
+    Gradients that are few are set aside, so that the micro-batch makes its own. Where they are as large as the model,
+    there is no room for both, and a failure can only be undone as long as no gradient was added to.
+    """
 
     def __init__(self, params: Sequence[torch.nn.Parameter], device: torch.device) -> None:
         self._params, self._device = params, device
         self._grads = [p.grad for p in params]
+        self._versions = [0 if grad is None else grad._version for grad in self._grads]
+        self._aside = sum(grad.nbytes for grad in self._grads if grad is not None) <= ASIDE
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._drop_gradients()
+        self._set_aside()
 
-    def _drop_gradients(self) -> None:
-        for p in self._params:
-            p.grad = None
+    def _set_aside(self) -> None:
+        if self._aside:
+            for p in self._params:
+                p.grad = None
+
+    def can_begin_again(self) -> bool:
+        """Whether nothing of a failed attempt would be counted twice."""
+        return self._aside or all(
+            p.grad is grad and (grad is None or grad._version == version)
+            for p, grad, version in zip(self._params, self._grads, self._versions, strict=True)
+        )
 
     def begin_again(self) -> None:
         """Drop what a failed attempt has left, and let what is drawn be what was drawn."""
-        self._drop_gradients()
+        self._set_aside()
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
     def add_up(self) -> None:
         """Add the gradients of the micro-batch to those from before, as autograd does."""
-        with torch.no_grad():
-            for p, before in zip(self._params, self._grads, strict=True):
-                if before is not None:
-                    p.grad = before if p.grad is None else before.add_(p.grad)
+        if not self._aside:
+            return
+        both = [(p, before) for p, before in zip(self._params, self._grads, strict=True) if before is not None]
+        added = [(p.grad, before) for p, before in both if p.grad is not None]
+        if added:
+            with torch.no_grad():
+                torch._foreach_add_([before for _, before in added], [grad for grad, _ in added])
+        for p, before in both:
+            p.grad = before
 
     def restore(self) -> None:
         """As if there had been no micro-batch."""
-        for p, before in zip(self._params, self._grads, strict=True):
-            p.grad = before
+        if self._aside:
+            for p, before in zip(self._params, self._grads, strict=True):
+                p.grad = before
 
 
 def _keeps_its_gradients(trainer: Any) -> bool:
-    """Whether gradients are here and nowhere else, and no other process waits for what this one sends meanwhile."""
-    return int(trainer.args.world_size) == 1 and str(trainer.accelerator.distributed_type).endswith("NO")
+    """Whether gradients are here until the step, and no other process waits for what this one sends meanwhile."""
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    alone = int(trainer.args.world_size) == 1 and str(trainer.accelerator.distributed_type).endswith("NO")
+    # These step in the backward, parameter by parameter.
+    return alone and "layerwise" not in optim and "lomo" not in optim
 
 
 def _training_step(original: Method) -> Method:
@@ -80,6 +105,8 @@ def _training_step(original: Method) -> Method:
             before.restore()
             raise
         before.add_up()
+        for stack in stacks():
+            stack.came_through()
         return loss
 
     return training_step
@@ -93,6 +120,8 @@ def _attempts(original: Method, trainer: Any, args: Any, kwargs: Any, before: _B
         except torch.OutOfMemoryError as error:
             # Not the error itself, whose traceback holds the activations.
             said = str(error)
+        if not before.can_begin_again():
+            raise torch.OutOfMemoryError(said)
         before.begin_again()
         gc.collect()
         torch.cuda.empty_cache()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from .naming import checkpoint_names, skeleton
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
 LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(weight|bias))?")
+LAYER = re.compile(r"\.\d+\.")
 # With a resized vocabulary PEFT saves embeddings by their own names and again by those of its wrappers.
 COPIES = re.compile(r"\.(modules_to_save|original_module)\.")
 WRAPPERS = re.compile(r"(\.token_adapter)?\.base_layer\.")
@@ -63,6 +66,7 @@ class Adapter:
             elif not COPIES.search(key):
                 _at(found, WRAPPERS.sub(".", key)).value = tensor
         shapes = base.shapes()
+        self._must_be_whole(base, lora)
         names = self._names(base, [*found, *(f"{module}.weight" for module in lora)])
         found = {names.get(name, name): change for name, change in found.items()}
         for module, parts in lora.items():
@@ -77,6 +81,22 @@ class Adapter:
             if first in found and found[first].rows and second not in found:
                 found[second] = Change(rows=found[first].rows)
         return found
+
+    def _must_be_whole(self, base: Base, lora: Iterable[str]) -> None:
+        """Raise SlothError where `target_modules` names modules of further layers of the base that are not here."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        adapted = set(lora)
+        kinds = {LAYER.sub(".N.", module) for module in adapted}
+        config = SimpleNamespace(**self.config | {"target_modules": self.config.get("target_modules") or []})
+        for name in base.shapes():
+            module = name.removesuffix(".weight")
+            known = module in adapted or LAYER.sub(".N.", module) not in kinds
+            if not known and check_target_module_exists(config, module):
+                raise SlothError(
+                    f"{self.folder} has nothing for {module} of {base.name}, which its target_modules name: it was "
+                    "trained on another base, with fewer layers"
+                )
 
     def _names(self, base: Base, wanted: list[str]) -> dict[str, str]:
         """The base's names for the modules' own, where the two differ."""
@@ -151,6 +171,11 @@ def _not_understood(config: Mapping[str, Any]) -> Iterator[str]:
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Mapped from the file, so that a tensor takes memory while it is read."""
     if not (folder / TENSORS).is_file():
+        if (folder / PICKLED).is_file():
+            raise SlothError(
+                f"{folder / PICKLED} is no safetensors file; load it with PeftModel.from_pretrained() and "
+                "save_pretrained() it to another folder"
+            )
         raise SlothError(f"{folder} has {CONFIG} and no {TENSORS}; save the adapter with save_pretrained()")
     with opened(folder / TENSORS) as file:
         names: list[str] = file.keys()

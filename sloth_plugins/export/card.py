@@ -7,23 +7,39 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..errors import SlothError
+from .checkpoint import line
 from .sources import ADAPTER, model_folder
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+CARD = "README.md"
 TAG = "sloth-plugins"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
 
 
 def write_card(
-    folder: Path, source: Any, made: str, *, datasets: Iterable[str] | None = None, library: str = "transformers"
+    folder: Path, source: Any, made: str, *, datasets: str | Iterable[str] | None = None, library: str = "transformers"
 ) -> None:
-    """Write `folder`/README.md for what was exported of `source`; `made` says in a few words what it is."""
+    """Write `folder`/README.md, the `card_of` what was exported."""
+    card_of(source, made, datasets=datasets, library=library).save(folder / CARD)
+
+
+def card_of(
+    source: Any, made: str, *, datasets: str | Iterable[str] | None = None, library: str = "transformers"
+) -> ModelCard:
+    """The card of what is exported of `source` (a folder or a live model); `made` says in a few words what it is.
+
+    `datasets` names the data, where the run's own card does not.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     base, adapter = _origin(source)
-    names = list(datasets or _datasets(source))
+    names = [datasets] if isinstance(datasets, str) else list(datasets or _datasets(source))
     data = ModelCardData(
         base_model=base if base and not _is_local(base) else None,
         datasets=names or None,
@@ -40,7 +56,7 @@ def write_card(
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
     text = f"# {_title(base)}\n\nExported by [sloth-plugins](https://pypi.org/project/sloth-plugins/).\n\n"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}| | |\n|---|---|\n{rows}\n").save(folder / "README.md")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}| | |\n|---|---|\n{rows}\n")
 
 
 def _origin(source: Any) -> tuple[str, str]:
@@ -48,13 +64,19 @@ def _origin(source: Any) -> tuple[str, str]:
     if isinstance(source, str | Path):
         folder = model_folder(Path(source))
         file = folder / (ADAPTER if (folder / ADAPTER).is_file() else "config.json")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SlothError(f"{file} cannot be read: {line(error)}") from None
         name = config.get("base_model_name_or_path") or config.get("_name_or_path") or ""
         return name, _adapter(config) if file.name == ADAPTER else ""
-    adapters = getattr(source, "peft_config", None) or {}
-    active = [adapters[name] for name in _active(source) if name in adapters]
+    model = source
+    while not hasattr(model, "config") and hasattr(model, "module"):  # data-parallel wrappers
+        model = model.module
+    adapters = getattr(model, "peft_config", None) or {}
+    active = [adapters[name] for name in _active(model) if name in adapters] if adapters else []
     name = getattr(active[0], "base_model_name_or_path", None) if active else None
-    return name or getattr(source.config, "_name_or_path", "") or "", "; ".join(_adapter(a.to_dict()) for a in active)
+    return name or getattr(model.config, "_name_or_path", "") or "", "; ".join(_adapter(a.to_dict()) for a in active)
 
 
 def _active(model: Any) -> list[str]:
@@ -65,7 +87,8 @@ def _active(model: Any) -> list[str]:
 def _adapter(config: dict[str, Any]) -> str:
     kind = "DoRA" if config.get("use_dora") else "LoRA"
     targets = config.get("target_modules") or ()
-    where = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    # Of all linear layers PEFT records each by its whole name; the last part says which they are.
+    where = targets if isinstance(targets, str) else ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
     return f"{kind} r={config.get('r')}, alpha={config.get('lora_alpha')} on {where}"
 
 
@@ -76,19 +99,19 @@ def _datasets(source: Any) -> list[str]:
     from huggingface_hub import ModelCard
 
     for folder in (Path(source), model_folder(Path(source))):
-        if (folder / "README.md").is_file():
+        if (folder / CARD).is_file():
             try:
-                found = ModelCard.load(folder / "README.md").data.datasets
-            except ValueError:  # a card without valid metadata names nothing
+                found = ModelCard.load(folder / CARD).data.datasets
+            except Exception:  # noqa: BLE001 - somebody's card, of any content: without valid metadata it names nothing
                 continue
             return [found] if isinstance(found, str) else list(found or [])
     return []
 
 
 def _patches(source: Any) -> str:
-    """What is applied to a live model."""
+    """What is applied to a live model. A folder does not say what its run had."""
     if isinstance(source, str | Path):
-        return ""
+        return "not stated: exported from a folder"
     from ..application import patched, patched_modules
 
     states = [state for module in patched_modules(source) if (state := patched(module)) is not None]

@@ -25,6 +25,20 @@ from ..chat_template import (
     render,
 )
 
+# What a template may be given beside messages; what it is without them is what Ollama's is.
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
@@ -87,7 +101,22 @@ def unlike_ollama(tokenizer: Any, found: ChatFormat) -> list[str]:
     answer = {"role": ASSISTANT, "content": f"<think>{MARKS[ASSISTANT][1]}</think>{MARKS[ASSISTANT][0]}"}
     if MARKS[ASSISTANT][1] not in render(tokenizer, [question, answer, question]):
         notes.append("the chat template drops the thoughts of earlier answers, which Ollama's does not")
+    if _changes_with(tokenizer, tools=[TOOL]):
+        notes.append(
+            "the chat template writes tools, which the Modelfile's TEMPLATE leaves out, so Ollama refuses them"
+        )
+    if any(_changes_with(tokenizer, enable_thinking=value) for value in (True, False)):
+        notes.append("the chat template has enable_thinking; the Modelfile's TEMPLATE is as where that is not set")
     return notes
+
+
+def _changes_with(tokenizer: Any, **given: Any) -> bool:
+    """Whether the template heeds what is given beside a question; where it fails of it, it does."""
+    question = [{"role": USER, "content": MARKS[USER][0]}]
+    try:
+        return render(tokenizer, question, **given) != render(tokenizer, question)
+    except Unexpressible:
+        return True
 
 
 def turn_end(tokenizer: Any) -> int | None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import SlothError
-from .naming import tied_by_config
+from .naming import tied_by_config, untie
 from .quantised import Packed, packed_names, shapes_without_parts
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ROWS = 4096
 
 
 class Checkpoint:
@@ -33,16 +33,13 @@ class Checkpoint:
         self._stored = {name: headers[file][name] for name, file in self._files.items()}
         self._packed = {name: Packed.read(parts, self._raw) for name, parts in packed_names(self._stored).items()}
         self.quantised = frozenset(self._packed)
+        self.tied = self._tied()
+        """The head's name with the embedding's, where the config ties them."""
 
     @property
     def files(self) -> list[Path]:
         """The weight files, each once."""
         return list(dict.fromkeys(self._files.values()))
-
-    @cached_property
-    def tied(self) -> dict[str, str]:
-        """The head's name with the embedding's, where the config ties them."""
-        return {head: embedding for head, embedding in tied_by_config(self.config).items() if embedding in self._stored}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every name in the files' order with its shape, dequantised."""
@@ -53,6 +50,24 @@ class Checkpoint:
         """One tensor on the CPU: fp32 where it was quantised, else in its stored dtype."""
         packed = self._packed.get(name)
         return self._raw(name) if packed is None else packed.dequantise(self._raw)
+
+    def _tied(self) -> dict[str, str]:
+        """As transformers has it: a head that is stored, and is another matrix than the embedding, stays."""
+        for head, embedding in tied_by_config(self.config).items():
+            if head in self._stored and embedding in self._stored and not self._same(head, embedding):
+                untie(self.config)
+            elif embedding in self._stored:
+                return {head: embedding}
+        return {}
+
+    def _same(self, left: str, right: str) -> bool:
+        """Whether two tensors hold the same values, with no more than some rows of them in memory."""
+        if self._stored[left] != self._stored[right]:
+            return False
+        with opened(self._files[left]) as one, opened(self._files[right]) as other:
+            a, b = one.get_slice(left), other.get_slice(right)
+            parts = [slice(start, start + ROWS) for start in range(0, self._stored[left][0], ROWS)]
+            return all(torch.equal(a[part].float(), b[part].float()) for part in parts)
 
     def _raw(self, name: str) -> torch.Tensor:
         # Opened for each tensor: the file is mapped, and what was read of it counts as ours until it is closed.

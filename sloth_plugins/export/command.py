@@ -1,6 +1,7 @@
 """`sloth-plugins export`: merged checkpoints, GGUF files, and both on the Hub."""
 
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..terminal import err, one_line, out
+from .marking import MARK
 
 app = typer.Typer(help="Take a trained model home: merged, as GGUF, to the Hub.", no_args_is_help=True)
 
@@ -32,15 +34,16 @@ def merged(
     """Write base and adapter as one checkpoint, which stock transformers and vLLM load. Needs no GPU."""
     with _export():
         from .merging import merge
+        from .writing import staging
 
         try:
             merge(run_dir, folder, dtype=dtype, method=method, base=base, force=force)
         except KeyboardInterrupt:
-            partial = folder.with_name(f"{folder.name}.partial")
+            partial = staging(folder)
             kept = f"; the shards in {partial} are whole, and the same command goes on from there"
             err.print(f"sloth-plugins: stopped{kept if partial.is_dir() else ''}", markup=False)
             raise
-    files = [path for path in folder.iterdir() if path.is_file()]
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != MARK]
     size = sum(path.stat().st_size for path in files)
     tokenizer = "" if any(path.name.startswith("tokenizer") for path in files) else ", no tokenizer was found"
     out.print(f"{folder}: {len(files)} files, {_size(size)}{tokenizer}", markup=False)
@@ -51,7 +54,7 @@ def gguf(
     run_dir: Run,
     folder: Out,
     quant: Annotated[
-        list[str], typer.Option("--quant", help="f32, f16, bf16, q8_0, q4_k_m, q5_k_m; may be repeated")
+        list[str], typer.Option("--quant", help="f32, f16, bf16, q8_0, q4_k_m, q5_k_m; repeated or with commas")
     ] = ["q8_0"],  # noqa: B006 - typer copies it
     base: Base = None,
     pre_tokenizer: Annotated[
@@ -63,11 +66,17 @@ def gguf(
     with _export():
         from .gguf import export
 
-        made = export(run_dir, folder, methods=quant, base=base, pre_tokenizer=pre_tokenizer, force=force)
+        try:
+            made = export(run_dir, folder, methods=quant, base=base, pre_tokenizer=pre_tokenizer, force=force)
+        except KeyboardInterrupt:
+            whole = ", ".join(sorted(path.name for path in folder.glob("model-*.gguf")))
+            there = f"what is in {folder} is whole ({whole})" if whole else "no file was written"
+            err.print(f"sloth-plugins: stopped; {there}", markup=False)
+            raise
     for file in made.files:
         out.print(f"{file}: {_size(file.stat().st_size)}", markup=False)
     if made.modelfile is not None:
-        out.print(f"{made.modelfile}: `ollama create NAME -f {made.modelfile}`", markup=False)
+        out.print(f"{made.modelfile}: `ollama create NAME -f {shlex.quote(str(made.modelfile))}`", markup=False)
     for note in made.notes:
         err.print(f"sloth-plugins: {note}", markup=False)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from ..errors import SlothError
-from .card import TAG, write_card
-
-CARD = "README.md"
+from .card import CARD, TAG, write_card
+from .marking import LOCK, MARK
+from .sources import model_folder
 
 
 def push(folder: str | Path, repo: str, *, token: str | None = None, private: bool | None = None) -> str:
@@ -19,7 +20,7 @@ def push(folder: str | Path, repo: str, *, token: str | None = None, private: bo
 
     Called again after an interruption it sends only what has not arrived. A card in the repository that is not ours
     stays. `token` defaults to that of `hf auth login` or HF_TOKEN; it goes nowhere but to the Hub. Raises SlothError
-    where the Hub refuses or cannot be reached.
+    where the Hub refuses or cannot be reached, and where `private` is asked for a repository that is public.
     """
     from huggingface_hub import HfApi
 
@@ -27,15 +28,15 @@ def push(folder: str | Path, repo: str, *, token: str | None = None, private: bo
     if not folder.is_dir():
         raise SlothError(f"{folder} is no folder; export a model first, then push the folder")
     api = HfApi(token=token)
-    with _one_line(repo, token):
-        address = str(api.create_repo(repo, private=private, exist_ok=True))
+    address = _made_ready(repo, token, private)
+    with _one_line(repo, token, "; run it again, and what has arrived is not sent again"):
         kept = [CARD] if (folder / CARD).is_file() and _is_somebody_elses(api, repo) else []
         with _bars():
             api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
                 commit_message="Upload by sloth-plugins",
-                ignore_patterns=[*kept, ".cache/*", "*.partial", "*.part", ".lock"],
+                ignore_patterns=[*kept, MARK, ".cache/*", "*.partial", "*.partial/*", "*.part", LOCK],
             )
     return address
 
@@ -48,19 +49,19 @@ def push_to_hub_merged(
     save_method: str = "merged_16bit",
     token: str | None = None,
     private: bool | None = None,
-    datasets: Iterable[str] | None = None,
+    datasets: str | Iterable[str] | None = None,
     **options: Any,
 ) -> str:
-    """`merge` into a folder beside the present one, then `push` it with a model card and remove it.
+    """Ask the Hub for the repository, `merge` into a folder in the present one, `push` that and remove it.
 
     A second call after an interruption merges again, to the same bytes, and sends the files that have not arrived.
     `datasets` names the data in the card, where the run's folder does not. Returns the repository's address.
     """
     from .merging import merge
 
-    with _folder() as folder:
-        merge(source, folder, tokenizer, method=save_method, **options)
-        _write_card(folder, source, save_method.replace("_", ", "), datasets)
+    with _folder(source) as folder:
+        _made_ready(repo, token, private)
+        merge(source, folder, tokenizer, method=save_method, datasets=datasets, **options)
         return push(folder, repo, token=token, private=private)
 
 
@@ -72,28 +73,48 @@ def push_to_hub_gguf(
     *,
     token: str | None = None,
     private: bool | None = None,
-    datasets: Iterable[str] | None = None,
+    datasets: str | Iterable[str] | None = None,
     **options: Any,
 ) -> str:
     """The same with GGUF files, see `save_pretrained_gguf`."""
     from .gguf import export
 
-    with _folder() as folder:
+    with _folder(source) as folder:
+        _made_ready(repo, token, private)
         made = export(source, folder, tokenizer, quantization_method, **options)
         names = ", ".join(file.name for file in made.files)
         write_card(folder, source, f"GGUF for llama.cpp and Ollama: {names}", datasets=datasets, library="gguf")
         return push(folder, repo, token=token, private=private)
 
 
-def _write_card(folder: Path, source: Any, made: str, datasets: Iterable[str] | None) -> None:
-    library = "peft" if made == "lora" else "transformers"
-    write_card(folder, source, made, datasets=datasets, library=library)
+def _made_ready(repo: str, token: str | None, private: bool | None) -> str:
+    """The address of the repository, which is made if need be, and which the token may write."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with _one_line(repo, token):
+        address = str(api.create_repo(repo, private=private, exist_ok=True))
+        if "write" in signature(api.auth_check).parameters:  # older releases cannot ask
+            api.auth_check(repo, write=True)
+        public = bool(private) and not api.repo_info(repo).private
+    if public:
+        raise SlothError(f"{repo} exists and is public; make it private in its settings, or push without --private")
+    return address
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
-    """Here and not in the system's temporary folder, which may be memory."""
-    with tempfile.TemporaryDirectory(prefix=".sloth-plugins-", dir=Path.cwd()) as folder:
+def _folder(source: Any) -> Iterator[Path]:
+    """A folder for what is made of `source`: here, and not in the system's temporary one, which may be memory."""
+    if isinstance(source, str | Path):
+        model_folder(Path(source))  # before anything is made on the Hub
+    here = Path.cwd()
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".sloth-plugins-", dir=here)
+    except OSError as error:
+        raise SlothError(
+            f"cannot write {here}: {error.strerror}; what is pushed is made there first: go to another folder"
+        ) from None
+    with temporary as folder:
         yield Path(folder) / "model"
 
 
@@ -106,7 +127,7 @@ def _is_somebody_elses(api: Any, repo: str) -> bool:
 
 
 @contextmanager
-def _one_line(repo: str, token: str | None) -> Iterator[None]:
+def _one_line(repo: str, token: str | None, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - refusals, timeouts, broken connections: each has a kind of its own
@@ -114,9 +135,7 @@ def _one_line(repo: str, token: str | None) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         reason = " ".join((str(cause) or type(cause).__name__).split())
         reason = reason.replace(token, "***") if token else reason
-        raise SlothError(
-            f"the Hub did not take {repo}: {reason[:300]}; run it again, and what has arrived is not sent again"
-        ) from None
+        raise SlothError(f"the Hub did not take {repo}: {reason[:300]}{advice}") from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from ..errors import SlothError
 from .changes import Change, Delta
 from .checkpoint import take_quantization
-from .naming import checkpoint_names
+from .naming import checkpoint_names, embeddings_of, ties, untie
 from .quantised import from_eight_bit, from_four_bit
 from .sources import cached
 
@@ -53,6 +53,7 @@ class LiveModel:
                 self._reads[name] = (_shape(tensor, name), read)
                 quantised |= {name} if type(tensor).__name__ in QUANTISED else set()
         self.quantised = frozenset(quantised)
+        self._tie_by_values(embeddings_of(model))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """As `Weights.shapes`."""
@@ -61,6 +62,22 @@ class LiveModel:
     def read(self, name: str) -> torch.Tensor:
         """As `Weights.read`."""
         return self._reads[name][1]()
+
+    def _tie_by_values(self, vocabulary: list[str]) -> None:
+        """Have the config say of the embedding and the head what holds of their tensors."""
+        if len(vocabulary) < 2:
+            return
+        embedding, head = vocabulary
+        if not ties(self.config):
+            if self.tied.pop(head, None) is not None:
+                self._reads[head] = self._reads[embedding]  # one tensor, which is two on disk
+        elif head in self._reads and embedding in self._reads:
+            same = self._reads[head][0] == self._reads[embedding][0]
+            if same and torch.equal(self.read(head).float(), self.read(embedding).float()):
+                del self._reads[head]
+                self.tied[head] = embedding
+            else:
+                untie(self.config)
 
 
 def _unwrapped(model: Any) -> Any:

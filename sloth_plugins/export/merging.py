@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ import torch
 from .._version import __version__
 from ..errors import SlothError, nearest
 from . import writing
+from .card import CARD, card_of
 from .checkpoint import INDEX, SINGLE
 from .formats import FourBit, Rounded, dtype_of
 from .progress import progress
 from .sources import ADAPTER, model_folder, tokenizer_folder
-from .tokenizers import save_tokenizer
+from .tokenizers import require_same_rows, require_tokenizer, save_tokenizer
 from .weights import open_weights
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def merge(
     method: str = "merged_16bit",
     base: str | Path | None = None,
     force: bool = False,
+    datasets: str | Iterable[str] | None = None,
     shard_bytes: int = SHARD,
 ) -> Path:
     """Write the model of `source` (a folder or a live model, see `open_weights`) into the folder `out`.
@@ -44,7 +46,8 @@ def merge(
     `method` is "merged_16bit": weights dequantised, plus adapters in fp32, rounded once to `dtype` (the base's own
     where it has 16 bits, else bfloat16; "float32" rounds nothing); "merged_4bit": the same with linear layers
     quantised as the base was, or to NF4, as bitsandbytes stores it; "lora": the adapter alone. Without `tokenizer` (an
-    object or a folder) its files are copied from the run or from the base. A shard takes `shard_bytes` of memory.
+    object or a folder) its files are copied from the run or from the base. `datasets` names the data in the model card,
+    where the run's own does not. A shard takes `shard_bytes` of memory.
 
     Nothing is under the name `out` before all is written. An interrupted run of folders goes on where it stopped. An
     earlier export is replaced only with `force`. Raises SlothError for what the user must act on.
@@ -54,23 +57,31 @@ def merge(
         raise SlothError(
             f"save_method {method!r} is not known{nearest(method, METHODS)}; there are {', '.join(METHODS)}"
         )
+    require_tokenizer(tokenizer)
     folders = [model_folder(Path(source))] if isinstance(source, str | Path) else []
+    given = [Path(tokenizer)] if isinstance(tokenizer, str | Path) else []
     if method == "lora":
-        writing.check_target(out, folders, force=force)
-        return _save_adapter(source, folders, out, tokenizer)
+        if dtype is not None or base is not None:
+            raise SlothError("the method lora saves the adapter as it is; leave out dtype and base")
+        writing.check_target(out, [*folders, *given], force=force)
+        return _save_adapter(source, folders, out, tokenizer, datasets)
     weights = open_weights(source, base)
     folders += [weights.base.folder] if weights.base.folder is not None else []
-    writing.check_target(out, folders, force=force)
+    writing.check_target(out, [*folders, *given], force=force)
     dtype = dtype_of(dtype, weights.config)
     form = FourBit(weights.base, weights.config, dtype) if method == "merged_4bit" else Rounded(dtype)
     layout = _layout(weights, form, shard_bytes)
     place = tokenizer_folder(source, base) if folders and isinstance(source, str | Path) else weights.base.folder
+    if tokenizer is None:
+        require_same_rows(place, weights.base.folder, weights)
+    card = card_of(source, method.replace("_", ", "), datasets=datasets)
     inputs = _inputs(folders, layout, method, dtype) if isinstance(source, str | Path) else None
     with writing.Staged(out, inputs).open() as folder:
         files = _write_shards(weights, form, layout, folder)
         _write_index(files, folder)
         _write_config(weights, form, dtype, folder)
         save_tokenizer(tokenizer, place, folder)
+        card.save(folder / CARD)
     return out
 
 
@@ -144,17 +155,21 @@ def _write_config(weights: Merged, form: Rounded, dtype: torch.dtype, folder: Pa
         shutil.copyfile(base.folder / GENERATION, folder / GENERATION)
 
 
-def _save_adapter(source: Any, folders: list[Path], out: Path, tokenizer: Any) -> Path:
+def _save_adapter(
+    source: Any, folders: list[Path], out: Path, tokenizer: Any, datasets: str | Iterable[str] | None
+) -> Path:
     adapter = next((folder for folder in folders if (folder / ADAPTER).is_file()), None)
     if (folders and adapter is None) or (not folders and not getattr(source, "peft_config", None)):
         raise SlothError(f"{folders[0] if folders else type(source).__name__} has no adapter to save")
+    card = card_of(source, "lora", datasets=datasets, library="peft")
     with writing.Staged(out, None).open() as folder:
         if adapter is None:
             source.save_pretrained(folder)
         else:
-            for path in [*adapter.glob("adapter_*"), *adapter.glob("README.md")]:
+            for path in adapter.glob("adapter_*"):
                 shutil.copyfile(path, folder / path.name)
         save_tokenizer(tokenizer, tokenizer_folder(adapter) if adapter is not None else None, folder)
+        card.save(folder / CARD)
     return out
 
 

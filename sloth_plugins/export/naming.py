@@ -41,9 +41,13 @@ def tied_by_config(config: Any) -> dict[str, str]:
 
 def embeddings(config: Any) -> list[str]:
     """The names on disk of the weights whose rows are the vocabulary: the embedding's, then the head's."""
-    model = skeleton(config)
+    return embeddings_of(skeleton(config))
+
+
+def embeddings_of(model: Any) -> list[str]:
+    """As `embeddings`, of a model that is there."""
     modules = {id(module): name for name, module in model.named_modules()}
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if id(layer) in modules]
     found = [f"{modules[id(layer)]}.weight" for layer in layers]
     names = checkpoint_names(model, found)
     return [names.get(name, name) for name in found]

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..chat_template import Around, Unexpressible
+from ..errors import SlothError
 from .chat import ChatFormat, read_format, turn_end, unlike_ollama
+from .checkpoint import line
 from .sources import ADAPTER, base_folder, model_folder
 
 MODELFILE = "Modelfile"
@@ -97,7 +99,7 @@ def go_template(chat: ChatFormat, bos: str = "") -> str:
 
 
 def generation_of(source: Any, base: str | Path | None = None) -> dict[str, Any]:
-    """What the model's generation_config asks for; nothing where it has none."""
+    """What the model's generation_config asks for; nothing where it has none. Raises SlothError where it is damaged."""
     if not isinstance(source, str | Path):
         config = getattr(source, "generation_config", None)
         return {} if config is None else dict(config.to_diff_dict())
@@ -105,7 +107,15 @@ def generation_of(source: Any, base: str | Path | None = None) -> dict[str, Any]
     if (folder / ADAPTER).is_file():
         folder = base_folder(folder) if base is None else model_folder(Path(base))
     file = folder / "generation_config.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SlothError(f"{file} cannot be read: {line(error)}; mend it, or remove it") from None
+    if not isinstance(values, dict):
+        raise SlothError(f"{file} cannot be read: it is no object; mend it, or remove it")
+    return values
 
 
 def _message(around: Around, content: str) -> str:

@@ -11,6 +11,7 @@ from .checkpoint import INDEX, SINGLE, cannot_read
 
 ADAPTER = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+PICKLED = "pytorch_model.bin"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -35,7 +36,17 @@ def _model_folder(folder: Path) -> Path:
     for _, path in sorted(steps.items(), reverse=True):
         if _holds_a_model(path):
             return path
-    raise SlothError(f"{folder} holds no model: neither {ADAPTER} nor {SINGLE}, nor a checkpoint-N folder with either")
+    raise SlothError(f"{folder} holds no model: {_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a model has, and what can be done with it."""
+    if (folder / PICKLED).is_file():
+        return f"{PICKLED} is no safetensors file; load it with transformers and save_pretrained() it to another folder"
+    below = sorted(path.name for path in folder.iterdir() if path.is_dir() and _holds_a_model(path))
+    if below:
+        return f"it is in {', '.join(str(folder / name) for name in below[:3])}, which can be exported"
+    return f"neither {ADAPTER} nor {SINGLE}, nor a checkpoint-N folder with either"
 
 
 def base_folder(adapter: Path) -> Path:
@@ -62,9 +73,10 @@ def cached(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:  # noqa: BLE001 - not there, half there, or no name of a model: one line says what to do
+        # "base" may be a folder of where the run was started, and "me/base" one or a model of the Hub.
+        fetched = f"`hf download {name}` fetches it, or " if name.count("/") == 1 else ""
         raise SlothError(
-            f"the base {name} is neither a folder nor in the Hub's cache; `hf download {name}` fetches it, "
-            "or name its folder (--base, base=)"
+            f"the base {name} is neither a folder nor in the Hub's cache; {fetched}name its folder (--base, base=)"
         ) from None
 
 

@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..errors import SlothError, nearest
+from .checkpoint import read_config
 from .sources import TOKENIZER
+from .weights import Weights
 
 PATTERNS = (
     *TOKENIZER,
@@ -18,6 +21,31 @@ PATTERNS = (
     "additional_chat_templates",
     "*processor_config.json",
 )
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise SlothError where a folder was given that holds no tokenizer."""
+    if tokenizer is None or not isinstance(tokenizer, str | Path):
+        return
+    folder = Path(tokenizer)
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise SlothError(f"the tokenizer {folder} is no folder{nearest(folder.name, siblings)}")
+    if not _holds_one(folder):
+        raise SlothError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER)}")
+
+
+def require_same_rows(folder: Path | None, base: Path | None, weights: Weights) -> None:
+    """Raise SlothError where the tokenizer of the base's own `folder` is not that of the model, which was resized."""
+    if folder is None or folder != base or not (base / "config.json").is_file() or not _holds_one(folder):
+        return
+    before = read_config(base).get_text_config().vocab_size
+    rows = weights.config.get_text_config().vocab_size
+    if rows != before:
+        raise SlothError(
+            f"the model has {rows} rows of tokens where its base {base} has {before}, so the base's tokenizer is not "
+            "its own; save the one that it was trained with beside the run (of a live model: tokenizer=)"
+        )
 
 
 def save_tokenizer(tokenizer: Any, source: Path | None, folder: Path) -> bool:
@@ -35,3 +63,7 @@ def save_tokenizer(tokenizer: Any, source: Path | None, folder: Path) -> bool:
         else:
             shutil.copyfile(path, folder / path.name)
     return bool(found)
+
+
+def _holds_one(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from counted import Counted
-from lora_models import lora_model
+from lora_models import batch, gradients, lora_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sloth_plugins import patch
 from sloth_plugins.patches.blocks import attention_block, mlp_block
 from sloth_plugins.patches.checkpointing import backbone
+from sloth_plugins.patches.checkpointing.budget import Budget
+from sloth_plugins.patches.checkpointing.stack import Stack
+from sloth_plugins.patches.trainers import out_of_memory
 
 STEPS = 24
 
@@ -96,12 +99,49 @@ def test_losses_are_those_of_an_undisturbed_run(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_each_failure_makes_plans_tighter(device, tmp_path, monkeypatch):
-    Failing(monkeypatch, mlp_block, "backward", 43)
+def test_a_failure_tightens_the_next_attempt_and_little_of_what_comes(device, tmp_path, monkeypatch):
+    shares = []
+    decide = Stack._decide
+
+    def watching(self, shape):
+        decide(self, shape)
+        if self.current is not None:
+            shares.append((self._attempt is not None, self.current.share))
+
+    monkeypatch.setattr(Stack, "_decide", watching)
+    failing = Failing(monkeypatch, mlp_block, "backward", 43)
     trainer = train(tmp_path, SELECTION)
     (stack,) = backbone.stacks_of(trainer.model)
-    assert stack.share < 0.1
-    assert stack.limit < stack.memory.capacity()
+    assert [share > 0 for again, share in shares if again] == [True] * failing.failures
+    assert [share for again, share in shares if not again] == [0.0] * (len(shares) - failing.failures)
+    assert 0.9 < stack.share < 1.0
+
+
+def test_of_two_forwards_before_a_backward_either_may_be_tightened(device):
+    model = lora_model(changes={"num_hidden_layers": 4})
+    patch(model, "*:blocks,*:checkpointing")
+    for _ in range(3):
+        gradients(model, batch(4, 40))
+    (stack,) = backbone.stacks_of(model)
+    stack._tried.clear()
+    model(input_ids=batch(4, 40))
+    stack.budget = Budget("min")
+    model(input_ids=batch(4, 40))
+    assert stack.current.share == 1.0
+    assert stack.tighten(0.9), "the first of both kept everything"
+    model(input_ids=batch(4, 40))
+    assert not stack.tighten(0.9)
+
+
+def test_large_gradients_are_not_held_twice(device, tmp_path, monkeypatch):
+    """Then a failure can be undone only before the backward."""
+    expected = losses(train(tmp_path, "*:blocks,*:checkpointing", 3))
+    monkeypatch.setattr(out_of_memory, "ASIDE", -1)
+    Failing(monkeypatch, attention_block, "forward", 61)
+    assert losses(train(tmp_path, SELECTION, 3)) == pytest.approx(expected, rel=1e-5)
+    Failing(monkeypatch, attention_block, "backward", 90)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        train(tmp_path, SELECTION, 3)
 
 
 def test_the_tightest_plan_that_fails_says_what_would_fit(device, tmp_path, monkeypatch):

@@ -92,13 +92,15 @@ def test_what_was_expected_is_what_is_taken(family, device):
     for budget in budgets(stack, model, (0.0, 0.5, 1.0)):
         stack.budget = budget
         model.zero_grad()
+        ids = batch(4, 40)
         before = device.allocated()
         device.reset()
-        step(model)
+        model(input_ids=ids, labels=ids).loss.backward()
         taken, expected = device.peak() - before, stack.predicted - before
         assert stack.predicted <= budget.value
-        # The work of a layer is measured once, when all of it is computed again; it is less where it is kept.
-        assert 0.85 < taken / expected < 1.05
+        # The work of a layer is measured once, when all of it is computed again; what it is where that is kept follows
+        # from the kernels, of which torch's references hold more.
+        assert 0.85 < taken / expected < 1.12
         shares.append(stack.current.share)
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.7
@@ -107,6 +109,69 @@ def test_what_was_expected_is_what_is_taken(family, device):
     for kind in range(step_of_kinds):
         kept = [option.kept for option in stack.current.options[kind::step_of_kinds]]
         assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_layers_without_a_backward_keep_nothing(late, device):
+    config = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [3, 4, 5]} if late else {}
+    model = lora_model(changes={"num_hidden_layers": 6}, **config)
+    stack = plan(model)
+    assert [option.kept > 0 for option in stack.current.options] == [not late] * 3 + [True] * 3
+    stack.budget = Budget("min")
+    step(model)
+    assert policies(stack)[3:] == [Policy.INPUT] * 3
+
+
+def test_frozen_layers_of_upstreams_below_trained_ones(device):
+    model = deep(layers=6).base_model.model
+    model.requires_grad_(True)
+    model.model.embed_tokens.requires_grad_(False)
+    for layer in model.model.layers[:3]:
+        layer.requires_grad_(False)
+    patch(model, "*:checkpointing")
+    for _ in range(4):
+        step(model)
+    (stack,) = backbone._stacks.values()
+    stack.budget = Budget("min")
+    device.reset()
+    before = device.allocated()
+    step(model)
+    assert policies(stack)[3:] == [Policy.INPUT] * 3
+    assert device.peak() - before < 1.3 * (stack.predicted - before)
+
+
+def test_a_smaller_budget_is_another_plan(device):
+    """Though it is as many grains of its own size."""
+    model = deep(layers=4)
+    stack = plan(model)
+    for size in (2**34, 2**33, stack.predicted, stack.predicted // 2):
+        stack.memory.size = size
+        step(model)
+        assert stack.predicted <= size or not stack.current.fits or stack.current.share > 0
+
+
+def test_padding_that_comes_later_is_counted(device):
+    model = deep(layers=4)
+    stack = plan(model)
+    mask = torch.ones(4, 40, dtype=torch.long)
+    mask[0, 30:] = 0
+    ids = batch(4, 40)
+    before = stack.current.peak
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    assert stack._ways >= {"graph"}
+    assert stack.current.peak >= before
+
+
+def test_inference_mode(device):
+    model = deep(layers=2)
+    plan(model)
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    with torch.inference_mode():
+        expected = model(input_ids=batch(1, 24), position_ids=positions).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=batch(1, 24), position_ids=positions).logits, expected)
 
 
 def test_plans_are_found_again(device, monkeypatch):

@@ -8,13 +8,14 @@ from launching import run
 from paths import ROOT, SCRIPTS
 
 
-def test_two_processes_with_unequal_memory_plan_alike(tmp_path):
+def test_two_processes_plan_with_the_memory_of_the_smaller(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tests/blocks", "tests/checkpointing"))
     done = run([*torchrun, SCRIPTS / "planned_ranks.py"], tmp_path, PYTHONPATH=path, OUT=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    plans = re.findall(r"plan (\[.*?\]) ceiling (\d+)", done.stdout)
-    assert len(plans) == 2, done.stdout
-    assert plans[0] == plans[1]
-    assert "'input'" in plans[0][0]
-    assert "'keep'" in plans[0][0]
+    found = re.findall(r"plan (\[.*?\]) ceiling (\d+)", done.stdout)
+    assert len(found) == 2, done.stdout
+    (first, least), (second, ceiling) = found
+    assert least == ceiling
+    # Seconds are each process's own, and with them which layers compute what again.
+    assert all(plan.count("'keep'") < 6 for plan in (first, second))

@@ -32,12 +32,13 @@ def counting(original):
 def rivals(architecture, monkeypatch):
     """Plugins with a second patch for each target, off by default, and the pairs of names."""
     name, _ = architecture
-    pairs = [(patch.name, f"{patch.name}_too") for patch in KNOWN.patches(name)]
+    meant = [patch for patch in KNOWN.patches(name) if patch.default]
+    pairs = [(patch.name, f"{patch.name}_too") for patch in meant]
     doubles = [
         dataclasses.replace(
             patch, name=f"{patch.name}_too", replacement=f"{__name__}:counting", layout=None, default=False
         )
-        for patch in KNOWN.patches(name)
+        for patch in meant
     ]
     module = types.ModuleType("doubles")
     module.sloth_patches = hookimpl(

@@ -1,10 +1,12 @@
 """Tokenizers trained on the spot, tiny models of every family, and text that they are tried on."""
 
+import json
 import random
 import sysconfig
 from functools import cache
 from pathlib import Path
 
+import gguf
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -198,3 +200,19 @@ def tiny_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
             if "embed_tokens" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.06)
     return model.to(dtype).eval()
+
+
+def save_llama(path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Llama in bf16 with its tokenizer, as a merge leaves it."""
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "do_sample": True}))
+    return path
+
+
+def tensors(file):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def left_in(path):
+    return sorted(entry.name for entry in path.iterdir()) if path.exists() else []

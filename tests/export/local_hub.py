@@ -58,7 +58,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             return self.wfile.write(content if self.command == "GET" else b"")
-        return self._answer({"id": "/".join(parts[2:4]), "sha": "0" * 40, "siblings": [], "private": False})
+        name = "/".join(parts[2:4])
+        if name not in self.hub.repos:
+            return self._answer({"error": "no such repository"}, 404, [("X-Error-Code", "RepoNotFound")])
+        if parts[4:] == ["auth-check", "write"] and self.hub.refuses:
+            return self._answer({"error": self.hub.refuses}, 403)
+        private = bool(self.hub.repos[name]["private"])
+        return self._answer({"id": name, "sha": "0" * 40, "siblings": [], "private": private})
 
     def do_POST(self):
         body = self._body()
@@ -118,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             if broken and self.hub.refuses is None:
                 self.hub.refuses = "the line is down"
             elif broken:
+                # All of it is read, or the rest would be taken for the next request of this connection.
+                self.rfile.read(size)
                 return self._answer({"error": "the line is down"}, 403)
         content = self.rfile.read(size // 2 if broken else size)
         self.hub.received.append((oid, len(content)))

@@ -21,8 +21,8 @@ def test_a_run_is_merged_and_a_second_call_says_what_exists(tmp_path):
     adapt(load(tmp_path / "base")).save_pretrained(tmp_path / "run" / "checkpoint-3")
     done = sloth("export", "merged", "run", "-o", "out", "--dtype", "float16", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert done.stdout == f"out: 6 files, {size / 1e6:.2f} MB\n"
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("[!.]*"))
+    assert done.stdout == f"out: 7 files, {size / 1e6:.2f} MB\n"
     again = sloth("export", "merged", "run", "-o", "out", cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr.startswith("sloth-plugins: out exists; ")
@@ -52,3 +52,26 @@ def test_the_commands_cost_the_start_nothing(tmp_path):
     code = "import sys, sloth_plugins.cli; print([name for name in ('torch', 'transformers', 'huggingface_hub', 'gguf') if name in sys.modules])"  # noqa: E501 - one program
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("there", "said"), [([], "no file was written"), (["f16", "q8_0"], "what is in out is whole")])
+def test_an_interrupted_gguf_says_what_is_there(tmp_path, there, said):
+    code = f"""
+import sys
+from sloth_plugins import cli
+from sloth_plugins.export import gguf
+from pathlib import Path
+
+def export(source, out, **_):
+    out.mkdir()
+    [(out / f"model-{{method}}.gguf").touch() for method in {there}]
+    raise KeyboardInterrupt
+
+gguf.export = export
+sys.argv = ["sloth-plugins", "export", "gguf", "run", "-o", "out"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1].startswith(f"sloth-plugins: stopped; {said}")
+    assert all(f"model-{method}.gguf" in done.stderr for method in there)

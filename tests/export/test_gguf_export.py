@@ -1,8 +1,6 @@
 """Files from every kind of source, what they say of the model, and what is left where something goes wrong."""
 
-import errno
 import importlib.util
-import json
 import os
 import shutil
 import stat
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from adapted_models import adapt
+from gguf_tiny import left_in, tensors
 from llama_programs import install_module, install_programs, on_path
 from transformers import AutoModelForCausalLM
 
@@ -35,12 +34,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    """A Llama in bf16 with its tokenizer, as a merge leaves it."""
-    path = tmp_path_factory.mktemp("models") / "my-llama"
-    tiny.tiny_model("llama", dtype=torch.bfloat16).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "do_sample": True}))
-    return path
+    return tiny.save_llama(tmp_path_factory.mktemp("models") / "my-llama", tokenizer)
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +58,9 @@ def programs(tmp_path, monkeypatch):
     return place
 
 
-def tensors(file):
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-
-
 def read(file):
     reader = gguf.GGUFReader(file)
     return {key: field.contents() for key, field in reader.fields.items()}
-
-
-def left_in(path):
-    return sorted(entry.name for entry in path.iterdir()) if path.exists() else []
 
 
 class TestMetadata:
@@ -160,8 +146,39 @@ class TestTypes:
         assert found["blk.0.ffn_down.weight"].tensor_type == gguf.GGMLQuantizationType.F16
         assert found["blk.0.ffn_up.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
 
+    @pytest.mark.parametrize("method", ["f32", "f16", "bf16", "q8_0"])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_values_that_are_none_are_refused(self, tokenizer, tmp_path, method, value):
+        model = tiny.tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+        with pytest.raises(SlothError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
+            export(model, tmp_path, tokenizer, method)
+        assert left_in(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("method", "held", "beyond"), [("f16", 65519, 65520), ("q8_0", 8.32e6, 8.33e6), ("bf16", 3.3e38, 3.4e38)]
+    )
+    def test_values_beyond_a_type_are_refused(self, tokenizer, tmp_path, method, held, beyond):
+        model = tiny.tiny_model("llama")
+        for value in (held, -held, beyond, -beyond):
+            with torch.no_grad():
+                model.model.layers[0].mlp.up_proj.weight[3, 5] = value
+            if abs(value) == held:
+                stored = tensors(export(model, tmp_path / str(value), tokenizer, method).files[0])[
+                    "blk.0.ffn_up.weight"
+                ]
+                assert np.isfinite(gguf.dequantize(stored.data, stored.tensor_type)).all()
+                continue
+            with pytest.raises(SlothError, match=rf"up_proj\.weight has values beyond {method.upper()}; choose f32"):
+                export(model, tmp_path / "out", tokenizer, method)
+            assert left_in(tmp_path / "out") == []
+
     def test_methods_are_words_with_commas_or_a_list(self):
         assert parse_methods("Q4_K_M, f16,q4_k_m") == parse_methods(["q4_k_m", "f16"]) == ["q4_k_m", "f16"]
+        # As the command hands them over.
+        assert parse_methods(["q4_k_m,f16", "q8_0"]) == ["q4_k_m", "f16", "q8_0"]
+        assert parse_methods(None) == ["q8_0"]
         with pytest.raises(SlothError, match="no quantization 'q4_km'; did you mean 'q4_k_m'"):
             parse_methods("q4_km")
         with pytest.raises(SlothError, match="no quantization was named"):
@@ -211,9 +228,21 @@ class TestSources:
         alone.mkdir()
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(folder / name, alone / name)
-        for source in (alone, tiny.tiny_model("llama")):
-            with pytest.raises(SlothError, match="no tokenizer was found"):
-                export(source, tmp_path / "out", methods="f16")
+        # The command has no such option.
+        with pytest.raises(SlothError, match=rf"no tokenizer was found, .*; save it in {alone}$"):
+            export(alone, tmp_path / "out", methods="f16")
+        with pytest.raises(SlothError, match=r"no tokenizer was given with the model; .*: add tokenizer="):
+            export(tiny.tiny_model("llama"), tmp_path / "out", methods="f16")
+
+    def test_the_base_s_tokenizer_is_not_that_of_a_vocabulary_that_has_grown(self, folder, tokenizer, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(tiny.ROWS + 8)
+        run = tmp_path / "run"
+        adapt(model).save_pretrained(run, save_embedding_layers=True)
+        with pytest.raises(SlothError, match=r"has 1032 rows of tokens where its base .* has 1024"):
+            export(run, tmp_path / "out", methods="f16")
+        tokenizer.save_pretrained(run)
+        assert len(export(run, tmp_path / "out", methods="f16").files) == 1
 
     def test_a_model_file_without_what_reads_it(self, folder, tmp_path, monkeypatch):
         alone = tmp_path / "alone"
@@ -305,6 +334,17 @@ class TestTokensAreCompared:
             export(folder, out, tiny.byte_level("llama-bpe"), "f16", pre_tokenizer="tekken")
         assert left_in(out) == []
 
+    def test_a_name_is_checked_without_it(self, folder, tokenizer, tmp_path):
+        with pytest.raises(SlothError, match="knows no pre-tokenizer 'llama-bpa'; did you mean 'llama-bpe'"):
+            export(folder, tmp_path / "out", tokenizer, "f16", pre_tokenizer="llama-bpa")
+        assert not (tmp_path / "out").exists()
+        made = export(folder, tmp_path / "out", tokenizer, "f16", pre_tokenizer="dbrx")
+        assert read(made.files[0])["tokenizer.ggml.pre"] == "dbrx"
+
+    def test_and_by_it_where_it_is(self, folder, tokenizer, tmp_path, programs):
+        with pytest.raises(SlothError, match=r"llama\.cpp cannot read the file that was written"):
+            export(folder, tmp_path / "out", tokenizer, "f16", pre_tokenizer="llama-bpa")
+
     def test_a_file_that_it_cannot_read(self, folder, tokenizer, tmp_path, programs):
         script(programs / "llama-tokenize", "echo 'error: what is this' >&2; exit 1")
         with pytest.raises(SlothError, match=r"llama\.cpp cannot read the file that was written: error: what is this"):
@@ -312,60 +352,10 @@ class TestTokensAreCompared:
         assert left_in(tmp_path / "out") == []
 
 
-class TestWhatIsThere:
-    def test_existing_files_are_kept_unless_forced(self, folder, tokenizer, tmp_path):
+def test_without_gguf(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SlothError, match=r"pip install 'sloth-plugins\[gguf\]'"):
         export(folder, tmp_path, tokenizer, "f16")
-        (tmp_path / "model-f16.gguf").write_text("precious")
-        with pytest.raises(SlothError, match=r"model-f16.gguf, .*Modelfile exists already; .*--force"):
-            export(folder, tmp_path, tokenizer, ["q8_0", "f16"])
-        assert (tmp_path / "model-f16.gguf").read_text() == "precious"
-        assert not (tmp_path / "model-q8_0.gguf").exists()
-        export(folder, tmp_path, tokenizer, "f16", force=True)
-        assert len(tensors(tmp_path / "model-f16.gguf")) > 10
-
-    @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-    def test_half_written_files_go(self, folder, tokenizer, tmp_path, monkeypatch, error):
-        export(folder, tmp_path, tokenizer, "f16")
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        written = []
-
-        def write_tensor_data(self, data, **options):
-            written.append(data)
-            if len(written) > 5:
-                raise error
-
-        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write_tensor_data)
-        expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SlothError
-        with pytest.raises(expected, match="the disk is full" if expected is SlothError else None):
-            export(folder, tmp_path, tokenizer, ["f16", "bf16"], force=True)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-    def test_a_disk_that_is_too_small_is_told_before(self, folder, tokenizer, tmp_path, monkeypatch):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(SlothError, match=r"needs 0.0 GB, and 0.0 GB are free"):
-            export(folder, tmp_path / "out", tokenizer, "q8_0")
-        assert not (tmp_path / "out").exists()
-
-    def test_a_place_where_nothing_can_be_written(self, folder, tokenizer, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(SlothError, match=r"cannot write .*file/out: Not a directory"):
-            export(folder, tmp_path / "file" / "out", tokenizer, "f16")
-
-    def test_without_gguf(self, folder, tokenizer, tmp_path, monkeypatch):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(SlothError, match=r"pip install 'sloth-plugins\[gguf\]'"):
-            export(folder, tmp_path, tokenizer, "f16")
-
-
-def test_the_modelfile_lies_beside(folder, tokenizer, tmp_path):
-    made = export(folder, tmp_path, tokenizer, ["q8_0", "f16"])
-    text = made.modelfile.read_text()
-    assert text.startswith('FROM ./model-q8_0.gguf\nTEMPLATE """')
-    assert "PARAMETER temperature 0.7\n" in text
-    assert 'PARAMETER stop "<|im_end|>"\n' in text
-    other = tmp_path / "other"
-    assert export(folder, other, tokenizer, "f16", modelfile=False).modelfile is None
-    assert left_in(other) == ["model-f16.gguf"]
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])

@@ -1,11 +1,13 @@
 """Pushing to a Hub that runs here: what arrives, what is sent twice, what the card says, where the token goes."""
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from transformers import __version__ as transformers
 
 from sloth_plugins._version import __version__
 from sloth_plugins.errors import SlothError
-from sloth_plugins.export import hub as pushing
 from sloth_plugins.export import merge, push, push_to_hub_gguf, push_to_hub_merged
+from sloth_plugins.export.marking import MARK
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -48,7 +50,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARK}
 
 
 def oid(path):
@@ -98,6 +100,7 @@ def test_a_model_is_merged_pushed_and_leaves_nothing_behind(made, hub, tmp_path,
     files = dict(hub.files("me/tiny"))
     card = files.pop("README.md").decode()
     expected = content(merge(model, tmp_path / "expected", tokenizer()))
+    del expected["README.md"]
     assert files == expected
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["expected"]
     for said in (
@@ -136,6 +139,39 @@ def test_the_card_names_base_data_and_patches(made, hub, tmp_path):
     assert "| Patches | rms_norm (5 modules) |" in hub.files("me/live")["README.md"].decode()
 
 
+def test_a_live_model_without_an_adapter_is_pushed(made, hub, tmp_path):
+    push_to_hub_merged(load(made / "base"), "me/tiny", tokenizer(), token=TOKEN)
+    assert hub.files("me/tiny").keys() == {*content(merge(made / "base", tmp_path / "expected", tokenizer()))}
+    assert "Adapter" not in hub.files("me/tiny")["README.md"].decode()
+
+
+def test_an_export_has_a_card_that_is_pushed_with_it(made, hub):
+    push(made / "merged", "me/tiny", token=TOKEN)
+    card = hub.files("me/tiny")["README.md"].decode()
+    for said in (
+        "library_name: transformers",
+        "LoRA r=4",
+        "merged, 16bit",
+        "Patches | not stated: exported from a fol",
+    ):
+        assert said in card
+
+
+def test_one_dataset_may_be_named_alone(made, hub):
+    push_to_hub_merged(made / "run", "me/tiny", token=TOKEN, datasets="imdb")
+    assert "datasets:\n- imdb\n" in hub.files("me/tiny")["README.md"].decode()
+
+
+def test_the_card_names_kinds_of_layers_once(made, tmp_path):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    names = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(2) for kind in ("q_proj", "v_proj")]
+    without(run, target_modules=names)
+    (run / "README.md").write_text("---\ndatasets: [\n---\n")
+    card = (merge(run, tmp_path / "out", method="lora") / "README.md").read_text()
+    assert "alpha=8 on q_proj, v_proj |" in card
+    assert "library_name: peft" in card
+
+
 def test_somebody_s_own_card_stays(made, hub, tmp_path):
     push_to_hub_merged(made / "run", "me/tiny", token=TOKEN)
     hub.files("me/tiny")["README.md"] = b"# By hand\n"
@@ -154,6 +190,65 @@ def test_the_token_goes_nowhere_else(made, hub, tmp_path, caplog, capfd):
     assert refused.value.__cause__ is None
     assert all(TOKEN.encode() not in file for file in hub.files("me/tiny").values())
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(made, hub):
+    push_to_hub_merged(made / "run", "me/tiny", token=TOKEN)
+    before = len(hub.received), dict(hub.files("me/tiny"))
+    with pytest.raises(SlothError, match="me/tiny exists and is public; make it private"):
+        push(made / "merged", "me/tiny", token=TOKEN, private=True)
+    assert (len(hub.received), hub.files("me/tiny")) == before
+    push(made / "merged", "me/mine", token=TOKEN, private=True)
+    push(made / "merged", "me/mine", token=TOKEN, private=True)
+
+
+@pytest.mark.parametrize("kind", ["merged", "gguf"])
+@pytest.mark.parametrize(
+    ("repo", "private", "refuses", "said"),
+    [
+        ("me/new", None, "bad token", "the Hub did not take me/new: .*bad token"),
+        ("me/there", None, "bad token", "the Hub did not take me/there: .*bad token"),
+        ("me/there", True, None, "me/there exists and is public"),
+        ("no such/name!", None, None, "the Hub did not take no such/name!: "),
+    ],
+)
+def test_the_hub_is_asked_before_anything_is_made(made, hub, monkeypatch, kind, repo, private, refuses, said):
+    from huggingface_hub import HfApi
+
+    from sloth_plugins.export import gguf, merging
+
+    if repo == "me/there" and refuses and "write" not in signature(HfApi.auth_check).parameters:
+        pytest.skip("this release of huggingface_hub cannot ask whether a token may write")
+
+    def never(*_, **__):
+        pytest.fail("made before the Hub was asked")
+
+    monkeypatch.setattr(merging, "merge", never)
+    monkeypatch.setattr(gguf, "export", never)
+    push(made / "merged", "me/there", token=TOKEN)
+    hub.refuses = refuses
+    pushed = {"merged": push_to_hub_merged, "gguf": push_to_hub_gguf}[kind]
+    with pytest.raises(SlothError, match=said) as refused:
+        pushed(made / "run", repo, token=TOKEN, private=private)
+    assert "run it again" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(Path.cwd().glob(".sloth-plugins-*"))
+
+
+def test_a_source_that_is_not_there_makes_no_repository(made, hub):
+    with pytest.raises(SlothError, match="nowhere is no folder"):
+        push_to_hub_merged(made / "nowhere", "me/tiny", token=TOKEN)
+    assert hub.repos == {}
+
+
+def test_a_present_folder_that_may_not_be_written_is_told(made, hub, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(SlothError, match=r"cannot write .*: Permission denied; .* go to another folder"):
+        push_to_hub_merged(made / "run", "me/tiny", token=TOKEN)
+    assert hub.repos == {}
 
 
 def test_a_hub_that_is_not_there_is_one_line(made, monkeypatch):
@@ -193,4 +288,3 @@ def test_the_command_pushes_with_the_token_of_the_environment(made, hub, tmp_pat
     assert (done.stdout, done.stderr) == (f"{hub.address}/me/tiny\n", "")
     assert hub.files("me/tiny") == content(made / "merged")
     assert hub.tokens == {f"Bearer {TOKEN}"}
-    assert pushing.CARD not in hub.files("me/tiny")

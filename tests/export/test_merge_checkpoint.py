@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from adapted_models import adapt, load, logits, save_base, tokenizer, without
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import sloth_plugins.export
@@ -172,6 +172,55 @@ def test_a_model_that_diverged_is_refused(base, tmp_path):
         merge(model, tmp_path / "out")
 
 
+def untied(model):
+    """The head is another matrix than the embedding, and the config says that it is the same."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["folder", "adapter", "live", "live adapter"])
+def test_a_head_of_its_own_stays_whatever_the_config_says(tmp_path, kind):
+    tied = load(save_base(tmp_path / "tied", tie_word_embeddings=True))
+    base = tmp_path / "base"
+    untied(tied).save_pretrained(base)
+    stored = load_file(base / "model.safetensors")
+    stored["lm_head.weight"] = tied.lm_head.weight.detach()  # transformers drops what its config calls tied
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    model = adapt(untied(load(tmp_path / "tied"))) if "adapter" in kind else untied(load(tmp_path / "tied"))
+    expected = logits(model)
+    if kind == "adapter":
+        model.save_pretrained(tmp_path / "run")
+        without(tmp_path / "run", base_model_name_or_path=str(base))
+    source = {"folder": base, "adapter": tmp_path / "run"}.get(kind, model)
+    out = merge(source, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    found = load_file(out / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], model.lm_head.weight)
+    assert kl(expected, logits(load(out))) < (3e-3 if "adapter" in kind else 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["folder", "live"])
+def test_a_copy_of_the_embedding_is_not_written(tmp_path, kind):
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    stored = load_file(base / "model.safetensors")
+    copied = stored["model.embed_tokens.weight"].clone()
+    save_file(stored | {"lm_head.weight": copied}, base / "model.safetensors", {"format": "pt"})
+    model = load(base)
+    if kind == "live":
+        model.lm_head.weight = torch.nn.Parameter(copied)
+    out = merge(model if kind == "live" else base, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+    assert load_file(out / "model.safetensors").keys() == stored.keys() - {"lm_head.weight"}
+
+
+def test_one_tensor_that_the_config_calls_two_is_written_twice(base, tmp_path):
+    model = load(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = model.model.embed_tokens.weight
+    found = load_file(merge(model, tmp_path / "out") / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
 def test_the_tokenizer_may_be_given_or_lie_with_the_run(base, run, tmp_path):
     own = tokenizer()
     own.chat_template = "{{ 'mine' }}"
@@ -181,6 +230,36 @@ def test_the_tokenizer_may_be_given_or_lie_with_the_run(base, run, tmp_path):
     out = merge(run, tmp_path / "of the run")
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ 'mine' }}"
     assert (merge(load(base), tmp_path / "of the base") / "tokenizer.json").is_file()
+
+
+def test_a_tokenizer_that_is_not_there_is_told_before(base, run, tmp_path):
+    tokenizer().save_pretrained(tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    for method in ("merged_16bit", "lora"):
+        with pytest.raises(SlothError, match=r"the tokenizer .*/mime is no folder; did you mean 'mine'"):
+            merge(run, tmp_path / "out", str(tmp_path / "mime"), method=method)
+        with pytest.raises(SlothError, match="empty holds no tokenizer"):
+            merge(run, tmp_path / "out", tmp_path / "empty", method=method)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine", "run"]
+    assert (merge(run, tmp_path / "out", tmp_path / "mine") / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["live", "live adapter", "adapter"])
+def test_the_base_s_tokenizer_is_not_that_of_a_vocabulary_that_has_grown(base, tmp_path, kind):
+    model = load(base)
+    model.resize_token_embeddings(140)
+    source = adapt(model) if "adapter" in kind else model
+    if kind == "adapter":
+        source.save_pretrained(tmp_path / "run", save_embedding_layers=True)
+        source = tmp_path / "run"
+    with pytest.raises(SlothError, match=r"has 140 rows of tokens where its base .*base has 128, .*tokenizer="):
+        merge(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if kind == "adapter":
+        tokenizer().save_pretrained(source)
+        assert (merge(source, tmp_path / "out") / "tokenizer.json").is_file()
+    else:
+        assert (merge(source, tmp_path / "out", tokenizer()) / "tokenizer.json").is_file()
 
 
 def test_the_adapter_alone_can_be_saved(base, run, tmp_path):
@@ -257,7 +336,10 @@ def test_a_patched_model_is_saved_as_a_stock_one(base, tmp_path):
     model = adapt(load(base))
     expected = files(merge(model, tmp_path / "stock"))
     sloth_plugins.patch(model)
-    assert files(merge(model, tmp_path / "patched")) == expected
+    found = files(merge(model, tmp_path / "patched"))
+    # The card names the patches.
+    assert found.pop("README.md") != expected.pop("README.md")
+    assert found == expected
 
 
 def test_public_names_are_there():

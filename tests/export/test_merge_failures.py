@@ -14,63 +14,14 @@ from pathlib import Path
 
 import pytest
 from adapted_models import adapt, load, save_base, without
+from folders import SHARD, files, refused
 
-from sloth_plugins.errors import SlothError
 from sloth_plugins.export import merge, writing
-
-SHARD = 100_000
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    save_base(folder / "base", shard="100KB")
-    adapt(load(folder / "base")).save_pretrained(folder / "run")
-    return folder
-
-
-@pytest.fixture
-def place(made, tmp_path):
-    """A run and its base that a test may damage."""
-    shutil.copytree(made, tmp_path / "made")
-    without(tmp_path / "made" / "run", base_model_name_or_path=str(tmp_path / "made" / "base"))
-    return tmp_path / "made"
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def refused(match, *args, **options):
-    with pytest.raises(SlothError, match=match) as caught:
-        merge(*args, **options)
-    assert "\n" not in str(caught.value)
+from sloth_plugins.export.marking import MARK
 
 
 def shards(folder):
     return sorted(path.name for path in folder.glob("*.safetensors"))
-
-
-@pytest.fixture
-def fails_at_second(monkeypatch):
-    """The second shard's write ends as the operating system would have it."""
-
-    def arrange(error):
-        from safetensors import torch as safetensors
-
-        real, calls = safetensors.save_file, []
-
-        def save_file(tensors, path, **options):
-            calls.append(path)
-            if len(calls) == 2:
-                path.write_bytes(b"half")
-                raise error
-            return real(tensors, path, **options)
-
-        monkeypatch.setattr(safetensors, "save_file", save_file)
-        return calls
-
-    return arrange
 
 
 def test_a_full_disk_keeps_what_is_whole_and_the_next_run_goes_on(place, tmp_path, fails_at_second):
@@ -80,7 +31,7 @@ def test_a_full_disk_keeps_what_is_whole_and_the_next_run_goes_on(place, tmp_pat
     assert shards(tmp_path / "out.partial") == ["model-00001-of-00002.safetensors"]
     written = (tmp_path / "out.partial" / "model-00001-of-00002.safetensors").stat().st_mtime_ns
     assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {
-        writing.INPUTS,
+        MARK,
         calls[0].with_suffix(".safetensors").name,
     }
     merge(place / "run", tmp_path / "out", shard_bytes=SHARD)
@@ -173,49 +124,6 @@ def test_a_folder_that_may_not_be_written_is_told(place, tmp_path):
     assert list(closed.iterdir()) == []
 
 
-def test_an_earlier_export_stays_unless_forced(place, tmp_path):
-    out = merge(place / "base", tmp_path / "out")
-    before = files(out)
-    refused(r"out exists; choose another folder, or replace it with --force", place / "run", out)
-    assert files(out) == before
-    without(place / "run", base_model_name_or_path=str(tmp_path / "gone"))
-    refused("gone is not there; name the folder where it is now", place / "run", out, force=True)
-    assert files(out) == before
-    merge(place / "run", out, base=place / "base", force=True)
-    assert files(out).keys() == before.keys()
-    assert files(out) != before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "out"]
-
-
-def test_a_failed_replacement_leaves_the_old_export(place, tmp_path, fails_at_second):
-    out = merge(place / "base", tmp_path / "out")
-    before = files(out)
-    fails_at_second(OSError(errno.EIO, "Input/output error"))
-    refused("Input/output error", place / "run", out, force=True, shard_bytes=SHARD)
-    assert files(out) == before
-
-
-def test_force_replaces_no_folder_that_holds_something_else(place, tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    refused("thesis holds no model, so it is not replaced", place / "run", tmp_path / "thesis", force=True)
-    (tmp_path / "file").write_text("")
-    refused("is a file", place / "run", tmp_path / "file", force=True)
-    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
-
-
-@pytest.mark.parametrize("target", ["run", "base", ""])
-def test_what_is_read_is_not_replaced(place, target):
-    refused("which is read; choose another folder", place / "run", place / target, force=True)
-
-
-def test_two_runs_do_not_write_one_folder(place, tmp_path):
-    with writing.Staged(tmp_path / "out", None).open() as folder:
-        (folder / "file").touch()
-        refused("out.partial is being written by another process", place / "run", tmp_path / "out")
-    assert files(tmp_path / "out") == {"file": b""}
-
-
 @pytest.mark.parametrize("name", ["base/model-00001-of-00002.safetensors", "run/adapter_model.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
 def test_a_damaged_file_is_named(place, tmp_path, name, damage):
@@ -258,6 +166,18 @@ def test_an_adapter_of_another_base_is_refused(place, tmp_path, other, said):
     refused(said, place / "run", tmp_path / "out", base=tmp_path / "other")
 
 
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], r".*\.(q|down)_proj"])
+def test_an_adapter_of_a_base_with_fewer_layers_is_refused(place, tmp_path, modules):
+    adapt(load(place / "base"), target_modules=modules).save_pretrained(place / "two")
+    save_base(tmp_path / "three", num_hidden_layers=3)
+    said = r"nothing for model\.layers\.2\..*three, which its target_modules name: .*with fewer layers"
+    refused(said, place / "two", tmp_path / "out", base=tmp_path / "three")
+    if isinstance(modules, list):  # PEFT chooses layers by lists alone
+        some = adapt(load(tmp_path / "three"), target_modules=modules, layers_to_transform=[0, 1])
+        some.save_pretrained(place / "some")
+        merge(place / "some", tmp_path / "out")
+
+
 def test_trained_tokens_of_a_larger_vocabulary_are_refused(place, tmp_path):
     adapt(load(place / "base"), trainable_token_indices=[3, 120]).save_pretrained(place / "tokens")
     save_base(tmp_path / "other", vocab_size=100)
@@ -278,6 +198,8 @@ def test_an_embedding_that_grew_without_its_head_is_refused(place, tmp_path):
             {"base_model_name_or_path": "me/nowhere"},
             "neither a folder nor in the Hub's cache; `hf download",
         ),
+        ({"base_model_name_or_path": "nowhere"}, "neither a folder nor in the Hub's cache; name its folder"),
+        ({"base_model_name_or_path": "runs/1/base"}, "neither a folder nor in the Hub's cache; name its folder"),
         ({"base_model_name_or_path": "/no/where"}, "the adapter's base /no/where is not there"),
         ({"base_model_name_or_path": None}, "names no base model"),
     ],
@@ -287,9 +209,22 @@ def test_a_base_that_is_not_there_is_asked_for(place, tmp_path, config, said):
     refused(said, place / "run", tmp_path / "out")
 
 
+@pytest.mark.parametrize("option", [{"dtype": "float16"}, {"base": "nowhere"}, {"dtype": "no such"}])
+def test_saving_an_adapter_takes_no_options_of_merging(place, tmp_path, option):
+    refused(
+        "saves the adapter as it is; leave out dtype and base", place / "run", tmp_path / "out", method="lora", **option
+    )
+
+
 def test_a_folder_without_a_model_is_told(place, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("empty holds no model", tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "pytorch_model.bin").touch()
+    refused(r"pytorch_model\.bin is no safetensors file; load it with", tmp_path / "empty", tmp_path / "out")
+    shutil.copytree(place / "run", tmp_path / "named" / "mine")
+    refused("named holds no model: it is in .*named/mine, which can", tmp_path / "named", tmp_path / "out")
+    (place / "run" / "adapter_model.safetensors").rename(place / "run" / "adapter_model.bin")
+    refused(r"adapter_model\.bin is no safetensors file; load it with Peft", place / "run", tmp_path / "out")
     refused("a base .* goes with an adapter", place / "base", tmp_path / "out", base=place / "base")
 
 
@@ -318,7 +253,7 @@ cli.main()
     assert not out.exists()
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert kept
-    assert {path.suffix for path in partial.iterdir()} == {".safetensors", ".json"}
+    assert {path.name for path in partial.iterdir()} == {*kept, MARK}
     merge(made / "run", out, shard_bytes=SHARD // 4)
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}.items()
     assert files(merge(made / "run", tmp_path / "again", shard_bytes=SHARD // 4)) == files(out)

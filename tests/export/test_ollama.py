@@ -5,8 +5,9 @@ from go_templates import go, render, render_by_go
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sloth_plugins.errors import SlothError
 from sloth_plugins.export import chat
-from sloth_plugins.export.ollama import go_template, modelfile, stops
+from sloth_plugins.export.ollama import generation_of, go_template, modelfile, stops
 
 BOS, EOS = "<s>", "</s>"
 QWEN = (
@@ -243,3 +244,47 @@ def test_thoughts_that_are_dropped_are_told():
     thinking = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     _, notes = modelfile("m.gguf", make_tokenizer(thinking), True, {})
     assert notes == ["the chat template drops the thoughts of earlier answers, which Ollama's does not"]
+
+
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>user\n"
+    "<tool_response>' + m.content + '</tool_response><|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_TOOLS = "the chat template writes tools, which the Modelfile's TEMPLATE leaves out, so Ollama refuses them"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TOOLS,
+        "{% if tools %}{{ raise_exception('one tool at a time') }}{% endif %}" + CHATML,
+        {"default": CHATML, "tool_use": TOOLS},
+    ],
+)
+def test_tools_that_are_left_out_are_told(template):
+    text, notes = modelfile("m.gguf", make_tokenizer(template), True, {})
+    assert notes == [NO_TOOLS]
+    # By the variables of a template Ollama knows what it can do; without .Tools it answers that there are none.
+    assert 'TEMPLATE """' in text
+    assert ".Tools" not in text
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking is defined and enable_thinking is false", "enable_thinking"])
+def test_a_switch_for_thinking_is_told(switch):
+    stub = "{% if SWITCH %}{{ '<think>\n\n</think>\n\n' }}{% endif %}".replace("SWITCH", switch)
+    thinking = CHATML.removesuffix("{% endif %}") + stub + "{% endif %}"
+    text, notes = modelfile("m.gguf", make_tokenizer(thinking), True, {})
+    assert notes == ["the chat template has enable_thinking; the Modelfile's TEMPLATE is as where that is not set"]
+    assert "<think>" not in text
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1]", "3"])
+def test_a_damaged_generation_config_is_one_line(tmp_path, text):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(SlothError, match=r"generation_config\.json cannot be read: .+; mend it, or remove it") as error:
+        generation_of(tmp_path)
+    assert "\n" not in str(error.value)

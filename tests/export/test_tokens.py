@@ -226,7 +226,27 @@ def test_a_model_file_of_sentencepiece(loaded, model_file, tmp_path, kind):
     assert differing(model, tokenizer, [line for line in plain if not line.startswith(" ")]) == []
 
 
+def test_every_name_of_a_pre_tokenizer_is_llama_cpp_s(weights, tmp_path):
+    llama_runtime.require()
+    source = read_source(weights, tiny.byte_level("gpt-2"), "tiny")
+
+    def load(name):
+        source.tokens.vocabulary.pre = name
+        write(source, tmp_path / "file.gguf", "f16")
+        llama_runtime.Llama(tmp_path / "file.gguf").__exit__()
+
+    assert set(tiny.known.KNOWN.values()) < set(tiny.known.NAMES)
+    for name in tiny.known.NAMES:
+        load(name)
+    with pytest.raises(AssertionError, match="unknown pre-tokenizer type: 'nosuch'"):
+        load("nosuch")
+
+
 class TestRefusals:
+    def test_a_pre_tokenizer_that_nobody_knows(self):
+        with pytest.raises(SlothError, match="knows no pre-tokenizer 'tekkin'; did you mean 'tekken'"):
+            tiny.known.require_known("tekkin")
+
     def test_an_unknown_pre_tokenizer_names_what_was_found_and_what_is_near(self):
         regex = r"\p{N}{1,2}| ?\p{L}+|[^\p{L}\p{N}]+"
         odd = changed(tiny.byte_level("qwen2"), lambda core: set_regex(core, regex))

@@ -1,9 +1,11 @@
 """Trainer without a wait for each loss: what it logs is what it was, also where losses are not finite."""
 
 import math
+import sys
 
 import pytest
 import torch
+from launching import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
@@ -119,6 +121,34 @@ def test_a_loss_that_is_no_tensor_of_torch_is_left_alone(tmp_path):
     expected, _ = losses(trainer(tmp_path, Returning))
     found, _ = losses(patched(tmp_path, Returning))
     assert found == expected
+
+
+def test_a_launched_trainer_keeps_all_its_patches(tmp_path):
+    """Accelerator.prepare has the trainer looked at again, when its loop already runs."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    done = run([sys.executable, script], tmp_path, SLOTH_PLUGINS="1")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "trainer:" in line]
+    assert len(lines) == len({line.split()[0] for line in lines}), "one report"
+    states = {line.split()[0]: line.split()[2] for line in lines}
+    assert states["trainer:bookkeeping"] == states["trainer:async_step"] == "applied"
+    assert "_without_waiting" in done.stdout
+
+
+SCRIPT = """
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(8)]
+args = TrainingArguments(output_dir="out", use_cpu=True, max_steps=2, report_to=[], save_strategy="no")
+trainer = Trainer(model=LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), args=args, train_dataset=rows)
+compute_loss = trainer.compute_loss
+def watching(*args, **kwargs):
+    print(trainer.training_step.__qualname__, vars(trainer)["training_step"].__code__.co_qualname)
+    return compute_loss(*args, **kwargs)
+trainer.compute_loss = watching
+trainer.train()
+"""
 
 
 def test_nothing_is_left_after_training_or_an_interrupt(tmp_path):

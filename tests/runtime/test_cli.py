@@ -60,7 +60,7 @@ def test_a_plan_counts_modules_from_the_config_alone(config):
     assert "llama:rms_norm       7        applies" in output
     assert "llama:rope           3        applies" in output
     plan = json.loads(invoke("plan", "--model", config() / "config.json", "--select", "llama:rope", "--json"))
-    assert [entry["state"] for entry in plan["outcomes"]] == ["off", "applied", *["off"] * 4]
+    assert [entry["state"] for entry in plan["outcomes"]] == ["off", "applied", "off", "off", "off"]
 
 
 def test_a_plan_says_why_not(config):

@@ -28,7 +28,7 @@ with memory.counting:
     trainer = Trainer(model=model, args=args, train_dataset=rows)
     patch(model, "*:blocks,*:checkpointing,trainer:memory_plans", trainer=trainer)
     # Enough for a part of the activations on one, for everything on the other.
-    memory.size = memory.allocated() + (900_000 if rank == 0 else 2**40)
+    memory.size = memory.allocated() + (700_000 if rank == 0 else 2**40)
     trainer.train()
 (stack,) = backbone.stacks_of(model)
 print(f"plan {[option.policy.value for option in stack.current.options]} ceiling {stack.ceiling}\n", end="", flush=True)

@@ -64,6 +64,11 @@ def quantize(source: Path, target: Path, method: str) -> None:
         raise SlothError(f"llama.cpp could not make {method}: {said or (lines or ['no message'])[-1]}")
 
 
+def can_tokenize() -> bool:
+    """Whether llama.cpp is here to read a file that was written."""
+    return _command(TOKENIZE, "tokenize") is not None
+
+
 def tokenize(model: Path, text: str) -> list[int] | None:
     """The ids that llama.cpp makes of a text, special tokens parsed and none added; None where it is not here."""
     command = _command(TOKENIZE, "tokenize")

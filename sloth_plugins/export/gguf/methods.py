@@ -16,9 +16,13 @@ MADE = (
 )
 
 
-def parse_methods(methods: str | Iterable[str]) -> list[str]:
-    """The methods in order, each once. Raises SlothError for one that is not known."""
-    words = methods.split(",") if isinstance(methods, str) else list(methods)
+def parse_methods(methods: str | Iterable[str] | None) -> list[str]:
+    """The methods in order, each once: words, with commas or in a list; q8_0 for None.
+
+    Raises SlothError for one that is not known.
+    """
+    given = [methods] if isinstance(methods, str) else ["q8_0"] if methods is None else methods
+    words = [word for words in given for word in str(words).split(",")]
     known = (*WRITTEN, *MADE)
     found: dict[str, None] = {}
     for word in words:

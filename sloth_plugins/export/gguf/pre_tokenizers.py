@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import SlothError
+from ...errors import SlothError, nearest
 from .probe import PROBE
 
 Steps = tuple[str, ...]
@@ -39,8 +39,34 @@ KNOWN: Mapping[tuple[Steps, bool], str] = {
     ((GPT4O,), False): "gpt-4o",
 }
 
+# All that llama.cpp knows by name, of which a user may know better than the expressions above which one fits.
+# fmt: off
+NAMES = frozenset({
+    "a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "cohere2moe",
+    "command-r", "dbrx", "deepseek-coder", "deepseek-llm", "deepseek-r1-qwen", "deepseek-v3", "default", "exaone",
+    "exaone-moe", "exaone4", "f2llmv2", "falcon", "falcon-h1", "falcon3", "gemma4", "gigachat", "glm4", "gpt-2",
+    "gpt-4o", "gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2",
+    "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2", "jina-de", "jina-es", "jina-v1-en", "jina-v2-code",
+    "jina-v2-de", "jina-v2-es", "jina-v5-nano", "joyai-llm", "kanana2", "kimi-k2", "kormo", "laguna", "lfm2",
+    "llada-moe", "llama-bpe", "llama-v3", "llama3", "llama4", "megrez", "mellum", "mellum2", "midm-2.0",
+    "minerva-7b", "minicpm5", "minimax-m2", "modern-bert", "mpt", "olmo", "phi-2", "pixtral", "poro-chat", "qwen2",
+    "qwen35", "refact", "roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "smollm", "solar-open", "spark2_5",
+    "stablelm2", "starcoder", "superbpe", "talkie", "tekken", "tiny_aya", "trillion", "ufakzeka", "viking",
+    "whitespace", "youtu",
+})
+# fmt: on
+
 # llama.cpp writes these expressions with a-z and A-Z.
 ONLY_ASCII_HAS_CASE = ("tekken", "gpt-4o")
+
+
+def require_known(name: str) -> None:
+    """Raise SlothError for a name that llama.cpp does not know."""
+    if name not in NAMES:
+        raise SlothError(
+            f"llama.cpp knows no pre-tokenizer {name!r}{nearest(name, NAMES)}; if the name is new, install llama.cpp, "
+            "which is asked then"
+        )
 
 
 def steps_of(pre_tokenizer: Mapping[str, Any]) -> Steps:
@@ -69,11 +95,11 @@ def name_of(steps: Steps, ignore_merges: bool) -> str:
     if name is not None:
         return name
     agreement = {known: _agreement(steps, those) for (those, _), known in KNOWN.items()}
-    nearest, lines = max(agreement.items(), key=lambda item: item[1])
+    best, lines = max(agreement.items(), key=lambda item: item[1])
     raise SlothError(
         f"llama.cpp names no pre-tokenizer that splits by {' then '.join(steps)} with ignore_merges={ignore_merges}; "
-        f"nearest is {nearest!r}, which splits {lines} of {len(PROBE)} lines of real text the same; "
-        f"pre_tokenizer={nearest!r} takes it all the same"
+        f"nearest is {best!r}, which splits {lines} of {len(PROBE)} lines of real text the same; "
+        f"pre_tokenizer={best!r} takes it all the same"
     )
 
 

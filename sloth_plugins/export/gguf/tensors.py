@@ -83,6 +83,18 @@ def neighbours(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, 2, dim // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
+def require_range(name: str, tensor: torch.Tensor, kind: str) -> None:
+    """Raise SlothError unless every value is finite, and stays so in that GGML type."""
+    low, high = tensor.aminmax()
+    largest = torch.maximum(-low, high).float()
+    if not largest.isfinite():
+        raise SlothError(f"{name} holds NaN or infinite values: a file is damaged, or training diverged")
+    # A block of Q8_0 is 127 steps of a scale in F16. Rounding keeps the order, so the largest value speaks for all.
+    stored = (largest / 127).half() if kind == "Q8_0" else largest.to(TORCH_TYPES[kind])
+    if not stored.isfinite():
+        raise SlothError(f"{name} has values beyond {kind}; choose f32 (K-quants are made of it too where both are)")
+
+
 def encode(tensor: torch.Tensor, kind: str) -> numpy.ndarray[Any, Any]:
     """The bytes of a tensor in a GGML type, [..., bytes of a row]; a rounded copy at most, and a chunk in fp32."""
     import gguf

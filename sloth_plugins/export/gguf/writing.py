@@ -15,7 +15,7 @@ from ..weights import Weights
 from .metadata import architecture_of, describe_model, differences, neutral_name
 from .methods import WRITTEN, file_type
 from .rope import Rope, describe_rope
-from .tensors import byte_shape, encode, gguf_names, prepare, type_of
+from .tensors import byte_shape, encode, gguf_names, prepare, require_range, type_of
 from .tokens import Tokens, read_tokens
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def read_source(weights: Weights, tokenizer: Any, name: str, pre_tokenizer: str 
 
 
 def write(source: Source, path: Path, method: str) -> None:
-    """Write a file of one of the methods in `WRITTEN`. Raises OSError where the disk is full or not writable."""
+    """Write a file of one of the methods in `WRITTEN`.
+
+    Raises OSError where the disk is full or not writable, and SlothError for values that its types cannot hold.
+    """
     import gguf
     import numpy
 
@@ -86,6 +89,7 @@ def write(source: Source, path: Path, method: str) -> None:
         with progress(f"writing {method}", source.bytes(method)) as advance:
             for name, to in source.names.items():
                 tensor = prepare(name, source.weights.read(name), source.spec, source.form, source.weights.config)
+                require_range(name, tensor, plan[to][1])
                 data = encode(tensor, plan[to][1])
                 del tensor
                 writer.write_tensor_data(data)

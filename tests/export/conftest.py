@@ -1,0 +1,44 @@
+"""A run and its base to be damaged, and a disk that fails."""
+
+import shutil
+
+import pytest
+from adapted_models import adapt, load, save_base, without
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    save_base(folder / "base", shard="100KB")
+    adapt(load(folder / "base")).save_pretrained(folder / "run")
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    """A run and its base that a test may damage."""
+    shutil.copytree(made, tmp_path / "made")
+    without(tmp_path / "made" / "run", base_model_name_or_path=str(tmp_path / "made" / "base"))
+    return tmp_path / "made"
+
+
+@pytest.fixture
+def fails_at_second(monkeypatch):
+    """The second shard's write ends as the operating system would have it."""
+
+    def arrange(error):
+        from safetensors import torch as safetensors
+
+        real, calls = safetensors.save_file, []
+
+        def save_file(tensors, path, **options):
+            calls.append(path)
+            if len(calls) == 2:
+                path.write_bytes(b"half")
+                raise error
+            return real(tensors, path, **options)
+
+        monkeypatch.setattr(safetensors, "save_file", save_file)
+        return calls
+
+    return arrange
