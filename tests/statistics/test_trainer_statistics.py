@@ -10,6 +10,7 @@ from tiny_runs import ROW, logged, patched, trainer
 from transformers import Trainer, TrainerCallback
 
 import sloth_plugins
+from sloth_plugins import application
 from sloth_plugins.statistics import meter, picture
 from sloth_plugins.statistics import trainer as statistics_patch
 from sloth_plugins.statistics.history import MFU, PEAK, PLANNED, SECONDS, SPEED
@@ -163,6 +164,26 @@ def test_a_pattern_is_named_while_it_trains(tmp_path, capsys):
 
     patched(tmp_path, Stuck, max_steps=40).train()
     assert capsys.readouterr().err.count("the training loss has not fallen, from 2.000 to 2.000") == 1
+
+
+def test_evaluation_while_training_leaves_all_patches_in_place(tmp_path, capsys):
+    """It is where a model may enter, so the trainer is looked at again while async_step has its own methods there."""
+    seen = []
+
+    class Looking(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append({binding.patch.name for binding in application.patched(made).bindings})
+            control.should_evaluate = True
+
+    sloth_plugins.activate("1")
+    made = trainer(tmp_path, callbacks=[Looking()])
+    made.train()
+    assert seen == [{"bookkeeping", "async_step", "statistics"}] * 4
+    assert len(logged(made, "eval_loss")) == 4
+    assert len(logged(made, SPEED)) == 4
+    told = capsys.readouterr().err
+    assert told.count("trainer:async_step") == 1
+    assert "was replaced" not in told
 
 
 def test_it_is_taken_back(tmp_path, capsys):
