@@ -1,4 +1,4 @@
-"""Which of the training processes this is, before and after torch.distributed is up."""
+"""Which of the training processes this is, before and after torch.distributed is up; and what only the first says."""
 
 import os
 import sys
@@ -18,6 +18,12 @@ def world_size() -> int:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_world_size())
     return _from_launcher("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+
+
+def say(text: str) -> None:
+    """Print to stderr, on the main process."""
+    if rank() == 0:
+        print(f"sloth-plugins: {text}", file=sys.stderr, flush=True)  # noqa: T201 - whatever logging the script sets up
 
 
 def _from_launcher(*names: str, default: int) -> int:

@@ -14,7 +14,7 @@ def bench(
     batch: Annotated[int, typer.Option("--batch", min=1, help="rows of a step")] = 2,
     lora_r: Annotated[int, typer.Option("--lora-r", min=0, help="rank of LoRA; 0 trains all weights")] = 16,
     steps: Annotated[int, typer.Option("--steps", min=3, help="of each run; the first fifth is not counted")] = 30,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="runs of each; fewer than 2 show no spread")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="runs of each; the fewer, the less can be told")] = 3,
     compare: Annotated[str, typer.Option("--compare", help="rivals beside: liger, unsloth, or both")] = "",
     select: Annotated[str, typer.Option("--select", help="the patches, as SLOTH_PLUGINS")] = "1",
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="quantise the base to NF4")] = False,

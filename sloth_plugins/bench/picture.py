@@ -25,7 +25,7 @@ def draw(path: Path, found: Sequence[Variant], title: str) -> bool:
     time, memory = figure.subplots(1, 2, sharey=True)
     times = [[] if v.failed else [1000 * run.seconds for run in v.runs] for v in found]
     peaks = [[] if v.failed else [run.peak_bytes / 2**30 for run in v.runs] for v in found]
-    _bars(time, found, times, "time of a step (ms; median, and a dot for each run)", "{:,.1f}")
+    _bars(time, found, times, "time of a step (ms; a dot for each run)", "{:,.1f}")
     _bars(memory, found, peaks, "peak memory (GiB)", "{:,.2f}")
     beside = path.with_name(f"{path.name}.new")
     figure.savefig(beside, format="png", dpi=140)
@@ -43,10 +43,10 @@ def _bars(axis: Any, found: Sequence[Variant], values: list[list[float]], label:
         bar = statistics.median(own)
         axis.barh(row, bar, color=COLORS.get(variant.name, OTHER), height=0.6)
         axis.plot(own, [row] * len(own), "o", color=DOT, markersize=3, alpha=0.7)
-        axis.text(max(own) + 0.02 * most, row, text.format(bar), va="center")
+        axis.text(max(own) + 0.02 * most, row, f"{'median ' * (len(set(own)) > 1)}{text.format(bar)}", va="center")
     axis.set_yticks(range(len(found)), [variant.name for variant in found])
     axis.set_ylim(len(found) - 0.5, -0.5)
-    axis.set_xlim(0, 1.2 * most)
+    axis.set_xlim(0, 1.35 * most)
     axis.set_xlabel(label)
     axis.grid(alpha=0.25, axis="x")
     axis.set_axisbelow(True)

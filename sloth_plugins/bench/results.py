@@ -12,6 +12,9 @@ from .variants import STOCK
 WARM = 0.2
 """The part of a run's steps in which kernels are compiled and plans are made; it is left out."""
 
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -39,11 +42,7 @@ class Ratio:
     value: float
     low: float
     high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether all rounds agree which is faster, and spread less than what they find."""
-        return (self.low > 1 or self.high < 1) and self.high - self.low < abs(self.value - 1)
+    is_clear: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,15 @@ def loss_difference(variant: Variant, stock: Variant) -> float:
 
 
 def ratio(variant: Variant, stock: Variant) -> Ratio:
-    """Round by round, since what slows a machine for a while slows both."""
+    """Round by round, since what slows a machine for a while slows both; of two rounds or more.
+
+    It is clear where Student's 95 % interval of the mean logarithm leaves out that of 1.
+    """
     found = [b.seconds / a.seconds for a, b in zip(variant.runs, stock.runs, strict=True)]
-    return Ratio(statistics.median(found), min(found), max(found))
+    logarithms = [math.log(value) for value in found]
+    error = statistics.stdev(logarithms) / math.sqrt(len(found))
+    is_clear = abs(statistics.fmean(logarithms)) > STUDENT[min(len(found) - 2, len(STUDENT) - 1)] * error
+    return Ratio(statistics.median(found), min(found), max(found), is_clear)
 
 
 @dataclass(frozen=True, slots=True)

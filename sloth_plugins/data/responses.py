@@ -11,8 +11,9 @@ from typing import Any
 
 from ..chat_template import Unexpressible
 from ..errors import SlothError
+from ..processes import say
 from .answers import Markers, given_markers, template_markers
-from .splits import column_names, each_split, first_rows, is_streaming, say
+from .splits import column_names, each_split, first_rows, is_streaming
 from .token_text import TokenText
 
 IGNORED = -100

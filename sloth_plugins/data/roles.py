@@ -33,7 +33,9 @@ def standardize_sharegpt(dataset: Any, roles: Mapping[str, str] | None = None) -
     known = {**ROLES, **{_plain(name): role for name, role in (roles or {}).items()}}
     wrong = sorted(set(known.values()) - set(ALIASES))
     if wrong:
-        raise SlothError(f"roles maps to {wrong[0]!r}{nearest(wrong[0], ALIASES)}; there are {', '.join(ALIASES)}")
+        raise SlothError(
+            f"roles maps to {wrong[0]!r}, which is none of {', '.join(ALIASES)}{nearest(wrong[0], ALIASES)}"
+        )
     return each_split(dataset, lambda split: _standardize(split, known))
 
 
@@ -93,8 +95,8 @@ def _message(message: Mapping[str, Any], place: str, known: Mapping[str, str]) -
     role = known.get(_plain(given))
     if role is None:
         raise SlothError(
-            f"{place} (the first is 0) has the role {given!r}{nearest(_plain(given), known)}; "
-            f"for a role of your own give roles={{{given!r}: 'user'}}"
+            f"{place} (the first is 0) has the role {given!r}, which is not known (roles={{{given!r}: 'user'}} "
+            f"would make it one){nearest(_plain(given), known)}"
         )
     if content is None and not message.get("tool_calls"):
         raise SlothError(f"{place} (the first is 0), of the role {given!r}, has no content")

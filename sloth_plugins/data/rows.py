@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SlothError, nearest
+from ..processes import say
 from .reading import read, unit
 from .roles import ROLE_KEYS
-from .splits import say
 
 NAMED = 5  # lines that a summary names of each kind of problem
 
@@ -34,7 +34,8 @@ class RowReport:
 
     def summary(self) -> str:
         """How many rows were read and left out, a line for each kind of problem with the first lines that have it."""
-        lines = [f"{self.path}: {len(self.rows)} rows read, {len(self.problems)} left out"]
+        count = len(self.rows)
+        lines = [f"{self.path}: {count} row{'s' * (count != 1)} read, {len(self.problems)} left out"]
         kinds: dict[str, list[Problem]] = {}
         for problem in self.problems:
             kinds.setdefault(problem.kind, []).append(problem)

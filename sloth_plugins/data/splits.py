@@ -1,14 +1,12 @@
-"""What every function here does with a dataset: each split on its own, streaming or not; and how it speaks."""
+"""What every function here does with a dataset: each split on its own, streaming or not."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 from ..errors import SlothError
-from ..processes import rank
 
 
 def each_split(dataset: Any, work: Callable[[Any], Any]) -> Any:
@@ -40,9 +38,3 @@ def column_names(dataset: Any) -> list[str]:
 def first_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
     """At most `count` rows from the beginning."""
     return list(islice(dataset, count))
-
-
-def say(text: str) -> None:
-    """Print to stderr, on the main process."""
-    if rank() == 0:
-        print(f"sloth-plugins: {text}", file=sys.stderr, flush=True)  # noqa: T201 - seen whatever logging there is

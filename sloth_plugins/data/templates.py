@@ -9,7 +9,7 @@ from typing import Any
 
 from ..chat_template import Unexpressible, conversations, render
 from ..errors import SlothError, nearest
-from .splits import say
+from ..processes import say
 
 CHATML = (
     "{% for message in messages %}"
@@ -116,8 +116,8 @@ def _named(name: str) -> Template:
     known = {plain(key): template for key, template in TEMPLATES.items()}
     if plain(name) not in known:
         raise SlothError(
-            f"no chat template {name!r}{nearest(name, TEMPLATES)}; there are {', '.join(TEMPLATES)}. "
-            "trl.clone_chat_template(model, tokenizer, source) takes the template of any other model"
+            f"no chat template {name!r} (known: {', '.join(TEMPLATES)}; trl.clone_chat_template(model, tokenizer, "
+            f"source) takes that of any other model){nearest(name, TEMPLATES)}"
         )
     return known[plain(name)]
 

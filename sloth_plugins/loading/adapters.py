@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from ..errors import SlothError
+from ..errors import SlothError, nearest
+from ..processes import say
 from .attached import attach
 from .checkpointing import set_checkpointing
-from .said import say
 
 # What other loaders take here and what means nothing to PEFT.
 MEANINGLESS = ("max_seq_length", "temporary_location")
@@ -30,7 +32,14 @@ def adapt(
     if not isinstance(model, PreTrainedModel):
         raise SlothError(f"get_peft_model() takes a transformers model, not {type(model).__name__} {model!r:.60}")
     given = {name: value for name, value in given.items() if name not in MEANINGLESS}
+    known = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise SlothError(
+            f"get_peft_model() has no option {unknown!r}, nor has PEFT's LoraConfig{nearest(unknown, known)}"
+        )
     given = {**given, **_whole_modules(given), **_loftq(model, loftq)}
+    _say_what_is_not_there(model, given["target_modules"])
     config = LoraConfig(task_type="CAUSAL_LM", **given)
     if random_state is not None:
         set_seed(random_state)
@@ -49,6 +58,15 @@ def _whole_modules(given: dict[str, Any]) -> dict[str, Any]:
         "target_modules": [name for name in targets if name not in WHOLE],
         "modules_to_save": list(dict.fromkeys([*(given["modules_to_save"] or ()), *whole])),
     }
+
+
+def _say_what_is_not_there(model: Any, targets: str | Sequence[str]) -> None:
+    """Name targets that no module goes by, of which PEFT is silent as long as there are others."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for target in () if isinstance(targets, str) else targets:
+        last = target.rpartition(".")[2]
+        if last not in names:
+            say(f"{target!r} of target_modules is no module of {type(model).__name__}{nearest(last, names)}")
 
 
 def _loftq(model: Any, loftq: Any) -> dict[str, Any]:

@@ -17,9 +17,7 @@ def terms(how: Any) -> str:
         return ""
     if how not in SMART:
         known = ("True", "False", *SMART)
-        raise SlothError(
-            f"use_gradient_checkpointing={how!r} is not known{nearest(str(how), known)}; there are {', '.join(known)}"
-        )
+        raise SlothError(f"use_gradient_checkpointing={how!r} is none of {', '.join(known)}{nearest(str(how), known)}")
     return PLANS
 
 

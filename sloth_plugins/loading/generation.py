@@ -122,8 +122,8 @@ def _sampling(params: Any, model: Any) -> tuple[dict[str, Any], int | None, list
         unknown = next((name for name in params if name not in KNOWN), None)
         if unknown is not None:
             raise SlothError(
-                f"sampling_params has {unknown!r}{nearest(unknown, KNOWN)}; known are {', '.join(KNOWN)}, "
-                "and fast_generate() takes options of generate() beside them"
+                f"sampling_params has {unknown!r}, which is none of {', '.join(KNOWN)}{nearest(unknown, KNOWN)} "
+                "(options of generate() stand beside sampling_params)"
             )
         found = dict(params)
     else:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SlothError, nearest
+from ..processes import say
 from .attached import attach
 from .checkpointing import set_checkpointing
-from .said import say
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,17 @@ IGNORED = (
     *("fix_tokenizer", "use_exact_model_name", "unsloth_vllm_standby", "offload_embedding", "load_in_16bit"),
 )
 NOT_QUANTISED = "full_finetuning trains all weights, which quantised ones do not"
+# Those of transformers' that are likely meant by a misspelt one.
+OF_TRANSFORMERS = (
+    "rope_scaling",
+    "device_map",
+    "token",
+    "revision",
+    "trust_remote_code",
+    "cache_dir",
+    "attn_implementation",
+)
+_UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -53,7 +66,15 @@ def load(
     options = {**options, "dtype": choose_dtype(dtype)}
     if "device_map" not in options and (own := _device_map()) is not None:
         options["device_map"] = own
-    model = _load(name, load_in_4bit, load_in_8bit, options)
+    try:
+        model = _load(name, load_in_4bit, load_in_8bit, options)
+    except TypeError as error:
+        # The model's own constructor gets what nobody else has taken.
+        unknown = _UNKNOWN.search(str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+        near = nearest(unknown[1], [*inspect.signature(load).parameters, *OF_TRANSFORMERS])
+        raise SlothError(f"from_pretrained() has no option {unknown[1]!r}, nor has the model{near}") from None
     if full_finetuning and getattr(model, "is_quantized", False):
         raise SlothError(f"{NOT_QUANTISED}, and {name} is a quantised checkpoint; load the one that it was made of")
     hub = {key: options[key] for key in ("token", "revision", "trust_remote_code", "cache_dir") if key in options}
@@ -76,9 +97,7 @@ def choose_dtype(dtype: torch.dtype | str | None) -> Any:
     if isinstance(dtype, str) and dtype != "auto":
         name = dtype.removeprefix("torch.")
         if name not in DTYPES:
-            raise SlothError(
-                f"dtype={dtype!r} is not known{nearest(name, DTYPES)}; there are {', '.join(DTYPES)}, auto"
-            )
+            raise SlothError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}, auto{nearest(name, DTYPES)}")
         return getattr(torch, name)
     if dtype is not None:
         return dtype

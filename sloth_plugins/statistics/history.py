@@ -36,10 +36,11 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The log of a run, and how many steps it was meant to have; 0 if that is not known."""
+    """The log of a run, how many steps it was meant to have and how many it has had; 0 if that is not known."""
 
     entries: list[Entry]
     max_steps: int = 0
+    step: int = 0
 
     def series(self, name: str) -> Series:
         """Everything finite that was logged under a name."""
@@ -75,7 +76,7 @@ def read(folder: Path) -> History:
             "and trainer.save_state() without one"
         )
     state = max(states, key=lambda state: int(state.get("global_step") or 0))
-    return History(state["log_history"], int(state.get("max_steps") or 0))
+    return History(state["log_history"], int(state.get("max_steps") or 0), int(state.get("global_step") or 0))
 
 
 def _candidates(folder: Path) -> Iterable[Path]:

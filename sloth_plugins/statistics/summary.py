@@ -13,7 +13,7 @@ def lines(history: History) -> list[str]:
 
 
 def _head(history: History) -> str:
-    steps = max((int(entry.get("step") or 0) for entry in history.entries), default=0)
+    steps = max([history.step, *(int(entry.get("step") or 0) for entry in history.entries)])
     seconds = history.last("train_runtime")
     return f"{steps} steps{'' if seconds is None else f' in {_duration(seconds)}'}"
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..terminal import err
+from ..processes import say
 from .history import History
 from .meter import Meter
 from .patterns import Watch
@@ -47,7 +47,7 @@ class _Run:
     def end(self) -> None:
         """The summary and the picture."""
         state = self._trainer.state
-        history = History(state.log_history, state.max_steps)
+        history = History(state.log_history, state.max_steps, state.global_step)
         if self._trainer.is_world_process_zero() and history.series("loss"):
             _say(self._trainer, "\n".join(lines(history)))
         if self._trainer.is_world_process_zero() and len(history.series("loss")) > 1:
@@ -60,7 +60,7 @@ _runs: dict[int, _Run] = {}
 
 def _say(trainer: Any, text: str) -> None:
     if trainer.is_world_process_zero():
-        err.print(f"sloth-plugins: {text}", markup=False)
+        say(text)
 
 
 def _guarded(trainer: Any, act: Callable[[], Any]) -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from sloth_plugins.bench.picture import draw
-from sloth_plugins.bench.results import Run, Variant, as_json, loss_difference, ratio, table, verdict
+from sloth_plugins.bench.results import STUDENT, Run, Variant, as_json, loss_difference, ratio, table, verdict
 
 GIB = 2**30
 
@@ -39,14 +39,28 @@ def test_a_clear_ratio_is_the_median_of_the_rounds():
         (100, 100, 100),
         (98, 90, 80),  # always faster, but by 2 to 25 percent
         (120, 105, 150),
+        (61, 58, 130),
+        (57, 76),  # two rounds may agree so by chance
     ],
 )
 def test_a_ratio_that_the_spread_hides_is_not_said(times):
-    stock, other = variant("stock", 100, 100, 100), variant("patched", *times)
+    stock, other = variant("stock", *(100 for _ in times)), variant("patched", *times)
     said = verdict(other, stock, "float32")
     assert said.ratio is None
     assert said.agrees
     assert said.text.startswith("no ratio: the rounds give ")
+
+
+def test_the_bound_is_student_s():
+    """Logarithms of 1 +- 0.4: the interval is 1 +- 5.1 with two rounds, and 1 +- 0.46 with six."""
+    two = [100 * math.exp(-1 - 0.4), 100 * math.exp(-1 + 0.4)]
+    assert not ratio(variant("patched", *two), variant("stock", 100, 100)).is_clear
+    assert ratio(variant("patched", *two * 3), variant("stock", *[100] * 6)).is_clear
+    for freedom, bound in enumerate(STUDENT, 1):
+        scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+        xs = [(n + 0.5) * bound / 10_000 for n in range(10_000)]
+        inside = sum(scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2) for x in xs) * bound / 10_000
+        assert 2 * inside == pytest.approx(0.95, abs=1e-4)
 
 
 def test_slower_is_said_too():

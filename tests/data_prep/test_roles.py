@@ -65,7 +65,7 @@ def test_roles_of_ones_own():
     with pytest.raises(SlothError, match=r"row 0, message 0 .* has the role 'Customer'.*roles=\{'Customer': 'user'\}"):
         standardize_sharegpt(data)
     assert standardize_sharegpt(data, {"customer": "user"})[0]["messages"] == [{"role": "user", "content": "q"}]
-    with pytest.raises(SlothError, match="maps to 'usr'; did you mean 'user'"):
+    with pytest.raises(SlothError, match=r"maps to 'usr', which is none of system, .*; did you mean 'user'"):
         standardize_sharegpt(data, {"customer": "usr"})
 
 

@@ -116,11 +116,22 @@ def test_what_cannot_be_meant(model):
         FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="Unsloth")
     with pytest.raises(SlothError, match="takes a transformers model, not Linear"):
         FastLanguageModel.get_peft_model(torch.nn.Linear(2, 2))
+    with pytest.raises(
+        SlothError, match=r"no option 'lora_alfa', nor has PEFT's LoraConfig; did you mean 'lora_alpha'\?"
+    ):
+        FastLanguageModel.get_peft_model(model, lora_alfa=3)
     adapted = FastLanguageModel.get_peft_model(model)
     with pytest.raises(SlothError, match="has adapters already"):
         FastLanguageModel.get_peft_model(adapted)
-    with pytest.raises(TypeError, match="lora_alfa"):
-        FastLanguageModel.get_peft_model(model, lora_alfa=3)
+
+
+def test_a_target_that_is_not_there_is_named(model, capsys):
+    adapted = FastLanguageModel.get_peft_model(model, target_modules=["q_pro", "v_proj", "self_attn.o_proj"])
+    told = capsys.readouterr().err
+    assert "'q_pro' of target_modules is no module of LlamaForCausalLM; did you mean 'q_proj'?" in told
+    assert told.count("target_modules") == 1
+    found = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert found == {"v_proj", "o_proj"}
 
 
 def test_modes(model):

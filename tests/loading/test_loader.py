@@ -96,6 +96,11 @@ def test_what_cannot_be_meant_is_one_line(tiny, options, line):
     assert "\n" not in str(caught.value)
 
 
+def test_a_misspelt_option_is_one_line(tiny):
+    with pytest.raises(SlothError, match=r"no option 'max_seq_lenght', .*; did you mean 'max_seq_length'"):
+        load(tiny, max_seq_lenght=64)
+
+
 def test_models_that_are_not_there(tiny, tmp_path):
     for name, line in (
         (tiny.with_name("tinny"), "did you mean 'tiny'?"),
@@ -124,7 +129,7 @@ def test_options_of_other_loaders(tiny, capsys):
     ]
     load(tiny, random_state=3, attn_implementation="eager")
     assert torch.equal(torch.rand(1), first)
-    with pytest.raises(TypeError, match="gpu_memory_utilisation"):
+    with pytest.raises(SlothError, match="no option 'gpu_memory_utilisation'"):
         load(tiny, gpu_memory_utilisation=0.5)
 
 
