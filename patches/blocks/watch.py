@@ -1,10 +1,14 @@
-"""Noticing whether anything changed that the reading of a layer depended on, for less than reading it again."""
+"""Noticing whether anything changed that the reading of a layer depended on, for much less than reading it again."""
 
-from collections.abc import Callable
+import operator
+from collections import defaultdict
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
+
+from ..kernels.module_tree import Held, ModuleTree, are_same
 
 # What the readers look at beside classes, hooks, children and parameters. Lists and dicts are compared by value.
 _ATTRIBUTES = (
@@ -12,71 +16,63 @@ _ATTRIBUTES = (
     "_disable_adapters", "merged_adapters", "_active_adapter", "lora_variant", "use_dora", "cast_input_dtype_enabled",
     "fan_in_fan_out", "compute_dtype", "act", "approximate",
 )  # fmt: skip
+_hooks = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_traits = operator.attrgetter("requires_grad", "dtype")
+_quant_state = operator.attrgetter("quant_state")
 
 
-def _attributes(held: dict[str, Any]) -> dict[str, Any]:
-    found = {name: held[name] for name in _ATTRIBUTES if name in held}
-    return {name: value.copy() if isinstance(value, list | dict) else value for name, value in found.items()}
-
-
-def _children(layer: torch.nn.Module) -> tuple[int, ...]:
-    return *map(id, layer._modules.values()), *map(id, layer._parameters.values())
+def _copied(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    return value.copy() if isinstance(value, list | dict) else value
 
 
 class Watch:
-    """The state of all modules below a layer when it was read, and which they were."""
+    """The state of all modules below a layer when it was read, and which they were.
 
-    __slots__ = ("_forwards", "_modules", "_own", "_parameters")
+    Without the layer itself, whose hooks run around what was read.
+    """
+
+    __slots__ = ("_bare", "_forwards", "_four_bit", "_getters", "_groups", "_parameters", "_states", "_tree", "_values")
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        # Without the layer itself, which holds this: its hooks run around what was read.
-        self._own = _children(layer)
-        modules = [module for module in layer.modules() if module is not layer]
-        self._modules = [
-            (
-                vars(module),
-                module,
-                type(module),
-                tuple(map(id, module._modules.values())),
-                tuple(map(id, module._parameters.values())),
-                _attributes(vars(module)),
-            )
-            for module in modules
-        ]
-        self._forwards: list[tuple[Any, Callable[..., Any]]] = [
-            (kind, kind.forward) for kind in {type(module) for module in modules}
-        ]
-        parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-        self._parameters = [
-            (p, p.data_ptr(), p.requires_grad, p.dtype, getattr(p, "quant_state", None)) for p in parameters.values()
-        ]
+        self._tree = ModuleTree(layer)
+        below = self._tree.held
+        self._forwards = [kind.forward for kind in self._tree.kinds]
+        self._bare = [held for held in below if "forward" not in held]
+        groups: dict[tuple[str, ...], list[Held]] = defaultdict(list)
+        for held in below:
+            groups[tuple(name for name in _ATTRIBUTES if name in held)].append(held)
+        groups.pop((), None)
+        self._getters = [operator.itemgetter(*names) for names in groups]
+        self._groups = list(groups.values())
+        self._parameters = self._tree.parameters
+        self._four_bit = [p for p in self._parameters if getattr(p, "quant_state", None) is not None]
+        self._states = list(map(_quant_state, self._four_bit))
+        self._values = [list(map(_copied, values)) for values in self._look()]
+
+    def _look(self) -> list[list[Any]]:
+        """All that is compared by value."""
+        # A four-bit weight answers in Python otherwise, and slowly.
+        with torch._C.DisableTorchFunctionSubclass():
+            return [
+                list(map(torch.Tensor.data_ptr, self._parameters)),
+                list(map(_traits, self._parameters)),
+                *map(list, map(map, self._getters, self._groups)),
+            ]
 
     def is_unchanged(self, layer: torch.nn.Module) -> bool:
         """Whether the layer would be read as it was."""
-        if _has_any_global_hook() or _children(layer) != self._own:  # type: ignore[no-untyped-call]  # torch's
+        if _has_any_global_hook() or not self._tree.is_of(layer):  # type: ignore[no-untyped-call]  # torch's
             return False
-        for kind, forward in self._forwards:
-            if kind.forward is not forward:
-                return False
-        for held, module, kind, children, parameters, attributes in self._modules:
-            if (
-                type(module) is not kind
-                or held["_forward_hooks"]
-                or held["_forward_pre_hooks"]
-                or held["_backward_hooks"]
-                or held["_backward_pre_hooks"]
-                or tuple(map(id, held["_modules"].values())) != children
-                or tuple(map(id, held["_parameters"].values())) != parameters
-            ):
-                return False
-            for name, value in attributes.items():
-                if held.get(name) != value:
-                    return False
-            if "forward" in held and "forward" not in attributes:
-                return False
-        for p, pointer, requires_grad, dtype, state in self._parameters:
-            if p.data_ptr() != pointer or p.requires_grad is not requires_grad or p.dtype is not dtype:
-                return False
-            if state is not None and getattr(p, "quant_state", None) is not state:
-                return False
-        return True
+        if any(chain.from_iterable(map(_hooks, self._tree.held))):
+            return False
+        if any(map(operator.contains, self._bare, repeat("forward"))):
+            return False
+        if not are_same([kind.forward for kind in self._tree.kinds], self._forwards):
+            return False
+        try:
+            return are_same(list(map(_quant_state, self._four_bit)), self._states) and self._look() == self._values
+        except (AttributeError, KeyError):
+            # What was there is not any more.
+            return False

@@ -1,15 +1,19 @@
 """What Trainer asks of every module at every step: the mode and a count, which do not change, and all parameters."""
 
 import functools
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from ..kernels.module_tree import Held, ModuleTree
 from .scope import Method, within
 
+_mode = operator.itemgetter("training")
 _counts: WeakKeyDictionary[torch.nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
@@ -22,28 +26,30 @@ def remembered(trainer: type) -> dict[str, Method]:
 
 _parameters = torch.nn.Module.parameters
 _named = torch.nn.Module.named_parameters, torch.nn.Module.named_modules
+_trees: WeakKeyDictionary[torch.nn.Module, ModuleTree] = WeakKeyDictionary()
+
+
+def tree_of(model: torch.nn.Module) -> ModuleTree | None:
+    """All below a model as it is now; None where modules keep their children elsewhere, as TorchScript's do."""
+    known = _trees.get(model)
+    if known is not None and known.is_of(model):
+        return known
+    try:
+        tree = _trees[model] = ModuleTree(model)
+    except (KeyError, TypeError):
+        return None
+    return tree
 
 
 def parameters(self: torch.nn.Module, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-    """`torch.nn.Module.parameters`: the same in the same order, without a name for each."""
-    if not recurse or (type(self).named_parameters, type(self).named_modules) != _named:
-        yield from _parameters(self, recurse)
-        return
-    todo, modules, seen = [self], set[int](), set[int]()
-    while todo:
-        module = todo.pop()
-        if id(module) in modules:
-            continue
-        modules.add(id(module))
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter
-        todo += [child for child in reversed(module._modules.values()) if child is not None]
+    """`torch.nn.Module.parameters`: the same in the same order; of a model that `tree_of` knows, from its list."""
+    known = recurse and self in _trees and (type(self).named_parameters, type(self).named_modules) == _named
+    tree = tree_of(self) if known else None
+    return _parameters(self, recurse) if tree is None else iter(tree.parameters)
 
 
 @contextmanager
-def _short_walks(*args: Any, **kwargs: Any) -> Iterator[None]:
+def _short_walks(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     """While a trainer trains: clipping and zeroing ask for the parameters of the model at every step."""
     if torch.nn.Module.parameters is not _parameters:
         yield
@@ -54,26 +60,22 @@ def _short_walks(*args: Any, **kwargs: Any) -> Iterator[None]:
     finally:
         if torch.nn.Module.parameters is parameters:
             torch.nn.Module.parameters = _parameters  # type: ignore[method-assign]  # as it was
+        _trees.clear()
 
 
 def _is_training(model: torch.nn.Module) -> bool:
     """Whether `model.train()` would change nothing: all modules are in that mode, and none has its own idea of it."""
-    todo = [model]
-    while todo:
-        module = todo.pop()
-        if not module.training:
-            return False
-        own = type(module).train
-        if own is not torch.nn.Module.train and not _is_transformers(own, module):
-            return False
-        todo += [child for child in module._modules.values() if child is not None]
-    return True
+    tree = tree_of(model)
+    if tree is None or not model.training or not all(map(_mode, tree.held)):
+        return False
+    swaps = any(map(dict.get, (vars(model), *tree.held), repeat("_use_kernels")))
+    return all(_keeps_a_mode(kind.train, swaps) for kind in (type(model), *tree.kinds))
 
 
-def _is_transformers(own: Any, module: Any) -> bool:
-    """Whether a class's `train` is that of transformers' models, which swaps kernels where they are used."""
-    home = getattr(own, "__module__", "")
-    return home == "transformers.modeling_utils" and not getattr(module, "use_kernels", False)
+def _keeps_a_mode(train: Any, swaps_kernels: bool) -> bool:
+    """Whether a class's `train` is torch's, or that of transformers' models, which may swap kernels besides."""
+    is_transformers = getattr(train, "__module__", "") == "transformers.modeling_utils"
+    return train is torch.nn.Module.train or (is_transformers and not swaps_kernels)
 
 
 def _training_step(original: Method) -> Method:

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import sloth_plugins
-from sloth_plugins.patches.trainers.bookkeeping import parameters
+from sloth_plugins.patches.trainers.bookkeeping import parameters, tree_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
 
@@ -103,6 +103,7 @@ def test_parameters_come_in_torchs_order(tmp_path):
     )
     model.extra[2].weight = shared.weight
     model.none = None
+    assert tree_of(model) is not None
     found, expected = list(parameters(model)), list(model.parameters())
     assert len(found) == len(expected)
     assert all(a is b for a, b in zip(found, expected, strict=True))
@@ -114,7 +115,34 @@ def test_a_class_with_names_of_its_own_is_asked(tmp_path):
         def named_parameters(self, *args, **kwargs):
             yield "weight", self.weight
 
-    assert len(list(parameters(Own(2, 2)))) == 1
+    model = Own(2, 2)
+    assert tree_of(model) is not None
+    assert len(list(parameters(model))) == 1
+
+
+def test_a_change_below_a_model_is_seen(tmp_path):
+    model = trainer(tmp_path).model
+    before = tree_of(model)
+    assert tree_of(model) is before
+    inner = model.get_base_model().model
+    changes = [
+        lambda: setattr(inner, "extra", torch.nn.Linear(2, 2)),
+        lambda: inner.extra.register_parameter("bias", None),
+        lambda: setattr(inner.extra, "weight", torch.nn.Parameter(torch.ones(2, 2))),
+        lambda: setattr(inner.extra, "__class__", type("Own", (torch.nn.Linear,), {})),
+        lambda: delattr(inner, "extra"),
+    ]
+    for change in changes:
+        known = tree_of(model)
+        change()
+        assert tree_of(model) is not known
+        assert [id(p) for p in parameters(model)] == [id(p) for p in torch.nn.Module.parameters(model)]
+
+
+def test_modules_with_children_elsewhere_are_walked_through():
+    model = torch.nn.Sequential(torch.jit.script(torch.nn.Linear(2, 2)))
+    assert tree_of(model) is None
+    assert len(list(parameters(model))) == 2
 
 
 def test_torchs_own_is_back_after_training(tmp_path):

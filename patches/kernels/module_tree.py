@@ -1,0 +1,61 @@
+"""The modules below one, and whether they are still these, for much less than walking through them.
+
+A model with adapters has thousands of modules, and some questions about all of them come back at every step. What is
+there is kept in lists that C code walks and compares, and no Python runs for a single module. (Nor `id`, which Python
+reports to audit hooks, and libraries install such.)
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+Held = dict[str, Any]
+_modules = operator.itemgetter("_modules")
+_parameters = operator.itemgetter("_parameters")
+
+
+def contents(dicts: Iterable[Held]) -> list[Any]:
+    """The values of dicts, one after another."""
+    return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+def are_same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether these are the same objects: tensors cannot be compared otherwise."""
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+class ModuleTree:
+    """The modules below `root`, without itself, so that what is kept of a module does not keep it alive.
+
+    `held` are their attributes, `kinds` their classes, each once, and `parameters` all, root's too, in torch's order.
+    """
+
+    __slots__ = ("_all", "_children", "_classes", "_lengths", "_own", "held", "kinds", "modules", "parameters")
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        self._own = contents((root._modules, root._parameters))
+        self.modules = [module for module in root.modules() if module is not root]
+        self.held: list[Held] = list(map(vars, self.modules))
+        self._classes = list(map(type, self.modules))
+        self.kinds: list[Any] = list(set(self._classes))
+        self._children = contents(map(_modules, self.held))
+        self._all = contents(map(_parameters, self.held))
+        self._lengths = self._count()
+        every = (*root._parameters.values(), *self._all)
+        self.parameters: list[torch.nn.Parameter] = list(dict.fromkeys(p for p in every if p is not None))
+
+    def _count(self) -> list[int]:
+        return [*map(len, map(_modules, self.held)), *map(len, map(_parameters, self.held))]
+
+    def is_of(self, root: torch.nn.Module) -> bool:
+        """Whether these are all modules and parameters below `root`, and their classes, still."""
+        return (
+            are_same(contents((root._modules, root._parameters)), self._own)
+            and are_same(list(map(type, self.modules)), self._classes)
+            and are_same(contents(map(_modules, self.held)), self._children)
+            and are_same(contents(map(_parameters, self.held)), self._all)
+            and self._count() == self._lengths
+        )
