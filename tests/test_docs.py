@@ -68,7 +68,7 @@ def test_every_command_of_ours_in_the_readme_exists():
         else:
             assert words[0] in ("pip", "SLOTH_PLUGINS=1"), line
     assert seen <= commands | groups
-    assert {"list", "plan", "doctor", "verify", "export"} <= seen
+    assert {"list", "plan", "doctor", "verify", "stats", "bench", "export"} <= seen
 
 
 @pytest.mark.parametrize(

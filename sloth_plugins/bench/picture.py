@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from .variants import PATCHED
 
 COLORS = {PATCHED: "#c2410c"}
 OTHER, DOT = "#9aa5b1", "#1f2933"
+
+Chosen = Callable[[list[float]], float]
 
 
 def draw(path: Path, found: Sequence[Variant], title: str) -> bool:
@@ -25,25 +27,27 @@ def draw(path: Path, found: Sequence[Variant], title: str) -> bool:
     time, memory = figure.subplots(1, 2, sharey=True)
     times = [[] if v.failed else [1000 * run.seconds for run in v.runs] for v in found]
     peaks = [[] if v.failed else [run.peak_bytes / 2**30 for run in v.runs] for v in found]
-    _bars(time, found, times, "time of a step (ms; a dot for each run)", "{:,.1f}")
-    _bars(memory, found, peaks, "peak memory (GiB)", "{:,.2f}")
+    _bars(time, found, times, statistics.median, "time of a step (ms; a dot for each run)", "median {:,.1f}")
+    _bars(memory, found, peaks, max, "peak memory (GiB)", "{:,.2f}")
     beside = path.with_name(f"{path.name}.new")
     figure.savefig(beside, format="png", dpi=140)
     os.replace(beside, path)
     return True
 
 
-def _bars(axis: Any, found: Sequence[Variant], values: list[list[float]], label: str, text: str) -> None:
-    """Horizontal bars, the first on top; each run's value as a dot, and the bar's in words."""
+def _bars(
+    axis: Any, found: Sequence[Variant], values: list[list[float]], chosen: Chosen, label: str, text: str
+) -> None:
+    """Horizontal bars of what is chosen of the runs, the first on top; each run as a dot, and the bar in words."""
     most = max((value for own in values for value in own), default=1.0)
     for row, (variant, own) in enumerate(zip(found, values, strict=True)):
         if variant.failed:
             axis.text(0.02 * most, row, variant.failed, va="center", color=DOT)
             continue
-        bar = statistics.median(own)
+        bar = chosen(own)
         axis.barh(row, bar, color=COLORS.get(variant.name, OTHER), height=0.6)
         axis.plot(own, [row] * len(own), "o", color=DOT, markersize=3, alpha=0.7)
-        axis.text(max(own) + 0.02 * most, row, f"{'median ' * (len(set(own)) > 1)}{text.format(bar)}", va="center")
+        axis.text(max(own) + 0.02 * most, row, text.format(bar), va="center")
     axis.set_yticks(range(len(found)), [variant.name for variant in found])
     axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlim(0, 1.35 * most)
