@@ -177,14 +177,14 @@ def build(kind: type, folder: str, *, adapters: bool, legacy: bool = False) -> A
     parts: dict[str, Any] = {"teacher_model": network(7), "reward_funcs": reward}
     taken = inspect.signature(kind).parameters
     given = {name: value for name, value in options(recipe, folder).items() if name in known}
-    parts["tokenizer" if legacy else "processing_class"] = tokenizer()
+    own: dict[str, Any] = {"tokenizer" if legacy else "processing_class": tokenizer()}
     if legacy:
-        parts["max_length"] = given.pop("max_length")
+        own["max_length"] = given.pop("max_length")
     return kind(
         model=lora(model) if adapters else model,
         args=config(**given),
         train_dataset=rows(recipe.row),
-        **{name: part for name, part in parts.items() if name not in ("teacher_model", "reward_funcs")},
+        **own,
         **{name: parts[name] for name in recipe.parts if name in taken},
     )
 
