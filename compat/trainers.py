@@ -28,11 +28,15 @@ Text = Callable[[int], str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to run a trainer: a row of its data, made of random text, its own options, and other parts that it takes."""
+    """How to run a trainer: a row of its data, made of random text, its own options, and other parts that it takes.
+
+    With `scores` its model gives a number for a text, not the next token.
+    """
 
     row: Callable[[Text], Row]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    scores: bool = False
 
 
 def _plain(text: Text) -> Row:
@@ -75,6 +79,7 @@ RECIPES = {
     "KTOTrainer": Recipe(_judged),
     "GRPOTrainer": Recipe(_prompt, {"beta": 0.05}, ("reward_funcs",)),
     "RLOOTrainer": Recipe(_prompt, {"beta": 0.05}, ("reward_funcs",)),
+    "RewardTrainer": Recipe(_pair, scores=True),
     "ORPOTrainer": Recipe(_pair),
     "CPOTrainer": Recipe(_pair),
     "TPOTrainer": Recipe(_triple),
@@ -116,6 +121,16 @@ def network(seed: int) -> Any:
 
     llama = Plugins(load_entry_points=False).architectures["llama"]
     return tiny_model(llama, "llama", seed=seed, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def scorer(seed: int) -> Any:
+    """A tiny Llama of that vocabulary that gives one number for a text."""
+    from transformers import LlamaForSequenceClassification, set_seed
+
+    config = network(seed).config
+    config.num_labels = 1
+    set_seed(seed)
+    return LlamaForSequenceClassification(config)
 
 
 def rows(make: Callable[[Text], Row]) -> Any:
@@ -170,7 +185,7 @@ def build(kind: type, folder: str, *, adapters: bool, legacy: bool = False) -> A
         config = getattr(module, kind.__name__.replace("Trainer", "Config"))
     known = {field.name for field in dataclasses.fields(config)}
     set_seed(1)
-    model = network(0)
+    model = scorer(0) if recipe.scores else network(0)
     # Trainers that need the model twice load it by its name.
     model.save_pretrained(folder)
     model.config._name_or_path = folder
