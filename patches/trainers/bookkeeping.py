@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..kernels.module_tree import Held, ModuleTree
+from ..kernels.module_tree import ModuleTree
 from .scope import Method, within
 
 _mode = operator.itemgetter("training")
