@@ -18,10 +18,10 @@ Tensor = torch.Tensor
 
 
 def _heads(run: Run, outputs: list[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, S, H, D], k and v [B, S, Hk, D] as views of what the projections gave, separate or fused."""
+    """q [B, S, H, D], k and v [B, S, Hk, D] as views of what the projections gave, separate or as one."""
     n_q, n_k, dim = run.parts.heads
     if len(outputs) == 1:
-        q, k, v = torch.split(outputs[0], [n_q * dim, n_k * dim, n_k * dim], dim=-1)
+        q, k, v = torch.split(outputs[0][:, : run.parts.qkv.n], [n_q * dim, n_k * dim, n_k * dim], dim=-1)
     else:
         q, k, v = outputs
     return q.view(*shape, n_q, dim), k.view(*shape, n_k, dim), v.view(*shape, n_k, dim)
@@ -146,9 +146,8 @@ def _attention_backward(run: Run, made: dict[str, Any], state: State, grad: Tens
         for t in attend_backward(run.attention, state, taken[0], taken[1], taken[2], grad.transpose(1, 2))
     )
     n_rows = grad.shape[0] * grad.shape[1]
-    n_q, n_k, dim = run.parts.heads
-    if len(run.parts.qkv.projections) == 1:
-        joint = torch.empty((n_rows, (n_q + 2 * n_k) * dim), dtype=grad.dtype, device=grad.device)
+    if run.parts.qkv.gives_one:
+        joint = run.parts.qkv.new_outputs(n_rows, grad.device)
         to_q, to_k, to_v = _heads(run, [joint], (grad.shape[0], grad.shape[1]))
         _unrotate(run, made, dq, dk, (to_q, to_k))
         to_v.copy_(dv)

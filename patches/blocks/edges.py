@@ -12,16 +12,23 @@ Tensor = torch.Tensor
 
 
 def enter(
-    group: Group, norm: Norm, x: Tensor, seeds: Sequence[int], kept: dict[str, Any], *, with_adapters: bool = True
+    group: Group,
+    norm: Norm,
+    x: Tensor,
+    seeds: Sequence[int],
+    kept: dict[str, Any],
+    *,
+    with_adapters: bool = True,
+    out: Tensor | None = None,
 ) -> tuple[dict[str, Any], list[Tensor]]:
     """(the norm's statistics "stats" and the low-rank product "xa", the group's outputs) for x [T, h].
 
-    "xa" is that of `kept`, if an earlier forward has left anything.
+    "xa" is that of `kept`, if an earlier forward has left anything. `out` is a joint group's.
     """
-    normed = torch.empty(x.shape, dtype=group.dtype, device=x.device)
-    stats = norm_rows(x, norm, normed)
+    normed = group.new_input(x.shape[0], x.device)
+    stats = norm_rows(x, norm, normed[:, : group.k])
     xa = kept["xa"] if kept else group.low_rank(normed, seeds)
-    return {"stats": stats, "xa": xa}, group.forward(normed, xa, with_adapters=with_adapters)
+    return {"stats": stats, "xa": xa}, group.forward(normed, xa, with_adapters=with_adapters, out=out)
 
 
 def leave(

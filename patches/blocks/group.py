@@ -8,52 +8,38 @@ For a projection with base weight W [n, k], adapter A [r, k], B [n, r] and scale
 
 The scale is in xa and dyb, where it costs nothing. With dropout, x is the dropped input in xa and dA, and the mask of
 each projection is made again from its seed.
+
+Weights that are made for each product can be made into one matrix; `joint_group` has what follows from that.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from ..kernels.four_bit_weight import FourBit
 from ..kernels.ops.dropout import add_dropped, dropped
-from ..kernels.ops.four_bit import dequantize_four_bit
 from ..kernels.ops.lora_glu import MAX_RANK, LowRank
+from .made_weight import base_weight, is_made
 from .projection import Adapter, Projection
-from .resident import held
 
 Tensor = torch.Tensor
-
-
-def is_made(projection: Projection, dtype: torch.dtype) -> bool:
-    """Whether a product in `dtype` cannot take the weight as it is: it is packed in four bits, or of another dtype."""
-    return isinstance(projection.weight, FourBit) or projection.weight.dtype is not dtype
-
-
-def base_weight(projection: Projection, dtype: torch.dtype) -> Tensor:
-    """W [n, k] in `dtype`: the parameter itself where it has that dtype, what stays of it, else made anew."""
-    weight = projection.weight
-    if not is_made(projection, dtype):
-        assert isinstance(weight, Tensor), "four bits are no dtype of a product"
-        return weight
-    resident = held(projection, dtype)
-    if resident is not None:
-        return resident
-    if not isinstance(weight, FourBit):
-        return weight.to(dtype)
-    out = torch.empty(projection.shape, dtype=dtype, device=weight.packed.device)
-    dequantize_four_bit(weight, out)
-    return out
 
 
 class Group:
     """Projections that share an input, for computing in `dtype`."""
 
-    __slots__ = ("a", "adapters", "b", "cols", "dtype", "has_dropout", "k", "projections", "r", "scale")
+    __slots__ = ("a", "adapters", "b", "cols", "dtype", "has_dropout", "k", "n", "outputs", "projections", "r", "scale")
+    room = 0
+    """Columns behind an input [T, k] for xa, and behind the outputs' gradient for dyb, if a product takes them so."""
 
     def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
         self.projections = tuple(projections)
         self.dtype = dtype
         self.k = projections[0].shape[1]
+        self.n = 0
+        self.outputs: list[slice] = []
+        for projection in projections:
+            self.outputs.append(slice(self.n, self.n + projection.shape[0]))
+            self.n += projection.shape[0]
         self.adapters = [p.adapter for p in projections]
         self.cols: list[slice] = []
         self.r = 0
@@ -81,26 +67,51 @@ class Group:
         """A and B of each projection that has an adapter, in order."""
         return [t for adapter in self.present() for t in (adapter.a, adapter.b)]
 
+    @property
+    def gives_one(self) -> bool:
+        """Whether all outputs are one tensor, and so are their gradients."""
+        return len(self.projections) == 1
+
+    def new_input(self, n_rows: int, device: torch.device) -> Tensor:
+        """Memory [T, k + room] for an input."""
+        return torch.empty((n_rows, self.k + self.room), dtype=self.dtype, device=device)
+
+    def new_outputs(self, n_rows: int, device: torch.device) -> Tensor:
+        """Memory [T, n + room] for all outputs, or their gradient."""
+        return torch.empty((n_rows, self.n + self.room), dtype=self.dtype, device=device)
+
+    def made_together(self) -> list[tuple[Projection, ...]]:
+        """The projections whose weights are made for each product, by what is made at once."""
+        return [(p,) for p in self.projections if is_made(p, self.dtype)]
+
     def low_rank(self, x: Tensor, seeds: Sequence[int]) -> Tensor | None:
-        """xa [T, r] of an input x [T, k]; None without adapters."""
+        """xa [T, r] of an input x [T, k or k + room]; None without adapters."""
         if self.a is None:
             return None
+        x = x[:, : self.k]
         if not self.has_dropout and self.scale is not None:
-            return _scaled_product(x, self.a.t(), self.scale)
+            return scaled_product(x, self.a.t(), self.scale)
         xa = torch.empty((x.shape[0], self.r), dtype=x.dtype, device=x.device)
         for adapter, cols, seed in zip(self.adapters, self.cols, seeds, strict=True):
             if adapter is not None:
                 source = dropped(x, adapter.dropout, seed) if adapter.dropout > 0.0 else x
-                xa[:, cols] = _scaled_product(source, self.a[cols].t(), adapter.scale)
+                scaled_product(source, self.a[cols].t(), adapter.scale, xa[:, cols])
         return xa
 
     def forward(
-        self, x: Tensor, xa: Tensor | None, residual: Tensor | None = None, *, with_adapters: bool = True
+        self,
+        x: Tensor,
+        xa: Tensor | None,
+        residual: Tensor | None = None,
+        *,
+        with_adapters: bool = True,
+        out: Tensor | None = None,
     ) -> list[Tensor]:
-        """The outputs [T, n] of each projection for x [T, k], plus `residual` in the first.
+        """The outputs [T, n] of each projection for x [T, k], plus `residual` in the first; or one with all of them.
 
         Without `with_adapters` the low-rank terms are left to whoever uses the outputs.
         """
+        assert out is None, "only a joint group has one place for its outputs"
         outputs = []
         for i, projection in enumerate(self.projections):
             weight = base_weight(projection, self.dtype)
@@ -127,11 +138,11 @@ class Group:
         if not self.r:
             return None
         if len(dys) == 1 and self.b[0] is not None and self.scale is not None:
-            return _scaled_product(dys[0], self.b[0], self.scale)
+            return scaled_product(dys[0], self.b[0], self.scale)
         dyb = torch.empty((dys[0].shape[0], self.r), dtype=self.dtype, device=dys[0].device)
         for adapter, b, cols, dy in zip(self.adapters, self.b, self.cols, dys, strict=True):
             if adapter is not None and b is not None:
-                torch.addmm(dyb[:, cols], dy, b, beta=0, alpha=adapter.scale, out=dyb[:, cols])
+                scaled_product(dy, b, adapter.scale, dyb[:, cols])
         return dyb
 
     def input_grad(
@@ -143,7 +154,10 @@ class Group:
             weight = base_weight(projection, self.dtype)
             dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
         assert dx is not None, "a group has projections"
-        if dyb is None or self.a is None or not with_adapters:
+        return self._plus_adapters(dx, dyb, seeds) if with_adapters else dx
+
+    def _plus_adapters(self, dx: Tensor, dyb: Tensor | None, seeds: Sequence[int]) -> Tensor:
+        if dyb is None or self.a is None:
             return dx
         if not self.has_dropout:
             return dx.addmm_(dyb, self.a)
@@ -189,11 +203,12 @@ class Group:
         return grads
 
 
-def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+def scaled_product(x: Tensor, y: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale * x @ y, rounded once."""
     if scale == 1.0:
-        return torch.mm(x, y)
-    out = torch.empty((x.shape[0], y.shape[1]), dtype=x.dtype, device=x.device)
+        return torch.mm(x, y) if out is None else torch.mm(x, y, out=out)
+    if out is None:
+        out = torch.empty((x.shape[0], y.shape[1]), dtype=x.dtype, device=x.device)
     return torch.addmm(out, x, y, beta=0, alpha=scale, out=out)
 
 

@@ -17,9 +17,9 @@ from .run import Run, rows, stash, unstash
 Tensor = torch.Tensor
 
 
-def _gate_and_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _gate_and_up(run: Run, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     if len(outputs) == 1:
-        gate, up = outputs[0].chunk(2, dim=-1)
+        gate, up = outputs[0][:, : run.parts.up.n].chunk(2, dim=-1)
         return gate, up
     return outputs[0], outputs[1]
 
@@ -38,16 +38,19 @@ def _terms(run: Run, made: dict[str, Any]) -> tuple[LowRank | None, LowRank | No
 
 def _adds_late(run: Run) -> bool:
     """Whether the activation adds the adapters of gate and up, which otherwise their products do."""
-    return run.parts.is_gated and run.parts.up.is_narrow
+    return run.parts.is_gated and run.parts.up.is_narrow and not run.parts.up.room
 
 
 def _activate(run: Run, made: dict[str, Any]) -> Tensor:
     outputs: list[Tensor] = made["outputs"]
     if not run.parts.is_gated:
-        hidden: Tensor = kernels_for("activation", outputs[0]).activate_fwd(outputs[0], run.parts.activation)
-        return hidden
-    pair, terms = _gate_and_up(outputs), _terms(run, made)
-    return lora_glu(*pair, *terms, run.parts.activation, sums=run.policy is Policy.KEEP and run.is_differentiable)
+        activated: Tensor = kernels_for("activation", outputs[0]).activate_fwd(outputs[0], run.parts.activation)
+        return activated
+    pair, terms, down = _gate_and_up(run, outputs), _terms(run, made), run.parts.down
+    hidden = down.new_input(pair[0].shape[0], pair[0].device)
+    sums = run.policy is Policy.KEEP and run.is_differentiable
+    lora_glu(*pair, *terms, run.parts.activation, hidden[:, : down.k], sums=sums)
+    return hidden
 
 
 def _activate_backward(
@@ -56,7 +59,7 @@ def _activate_backward(
     """Gradients of gate and up for dhidden + term, in their memory if `overwrite`; dhidden becomes act(gate) * up."""
     grads = outputs if overwrite else [torch.empty_like(t) for t in outputs]
     if run.parts.is_gated:
-        pairs = *_gate_and_up(outputs), *_gate_and_up(grads)
+        pairs = *_gate_and_up(run, outputs), *_gate_and_up(run, grads)
         lora_glu_backward(dhidden, term, *pairs, run.parts.activation)
     else:
         kernels_for("activation", dhidden).activate_bwd(dhidden, outputs[0], grads[0], run.parts.activation, True)
@@ -66,8 +69,11 @@ def _activate_backward(
 def _up(run: Run, mid: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
     """The norm's statistics, and the outputs of gate and up."""
     parts = run.parts
-    late = _adds_late(run)
-    made, outputs = enter(parts.up, parts.mlp_norm, mid, run.seeds["up"], kept, with_adapters=not late)
+    # With room behind them for what the backward puts beside their gradients.
+    out = parts.up.new_outputs(mid.shape[0], mid.device) if parts.is_gated and parts.up.room else None
+    made, outputs = enter(
+        parts.up, parts.mlp_norm, mid, run.seeds["up"], kept, with_adapters=not _adds_late(run), out=out
+    )
     return {**made, "outputs": outputs}
 
 
@@ -141,7 +147,7 @@ class MLPBlock(torch.autograd.Function):
         flat, shape = rows(grad), source.shape
         overwrite = run.may_overwrite and not repeatable
         if run.policy is Policy.KEEP:
-            made["outputs"] = [made[f"output{i}"] for i in range(len(parts.up.projections))]
+            made["outputs"] = [made[name] for name in ("output0", "output1") if name in made]
             mid = rows(source)
         else:
             mid, overwrite = rows(source), True
@@ -150,7 +156,7 @@ class MLPBlock(torch.autograd.Function):
                     run.recomputed, mid = attention_block.forward(run, source, differentiable=True)
                 made |= _up(run, mid, made)
                 if parts.is_gated:
-                    add_low_rank(*_gate_and_up(made["outputs"]), *_terms(run, made))
+                    add_low_rank(*_gate_and_up(run, made["outputs"]), *_terms(run, made))
         need_x, need_mid = ctx.needs_input_grad[1:3]
         dx, grads = backward(
             run, mid, made, flat, list(ctx.needs_input_grad[3:]), need_dx=need_x if parts.is_parallel else need_mid,

@@ -11,6 +11,7 @@ from ..kernels.ops.block_norm import Norm
 from .activation import activation_of
 from .adapters import AdapterCopies
 from .group import Group
+from .joint_group import group_of
 from .projection import Refused, check_call, check_frozen, code_home, read
 from .run import Parts
 
@@ -157,7 +158,7 @@ def _check_sizes(hidden: int, layout: Layout, qkv: Group, o: Group, up: Group, d
 
 
 def _group(layer: torch.nn.Module, paths: Sequence[str | None], x: torch.Tensor, dtype: torch.dtype) -> Group:
-    return Group([read(_get(layer, path), path, x, dtype) for path in paths if path is not None], dtype)
+    return group_of([read(_get(layer, path), path, x, dtype) for path in paths if path is not None], dtype)
 
 
 def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: torch.dtype) -> Parts:

@@ -1,6 +1,6 @@
 """Weights that were made from four bits once and stay, where there is memory for them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -8,37 +8,41 @@ import torch
 
 from .projection import Projection
 
-# By the module that owns the packed weight: that weight, as it was then, and what was made of it.
-_held: WeakKeyDictionary[torch.nn.Module, tuple[object, int, torch.Tensor]] = WeakKeyDictionary()
+Sources = tuple[tuple[object, int], ...]
+# By the module that owns the first packed weight: where all were, their versions, and what was made of them.
+_held: WeakKeyDictionary[torch.nn.Module, tuple[Sources, torch.Tensor]] = WeakKeyDictionary()
 # Modules whose weight was another at the next look, as sharding makes it: nothing of theirs may stay.
 _moving: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 _ignored = 0
 
 
-def _source(projection: Projection) -> torch.Tensor:
-    weight = projection.weight
-    return weight if isinstance(weight, torch.Tensor) else weight.packed
+def _sources(projections: Sequence[Projection]) -> Sources:
+    weights = (p.weight if isinstance(p.weight, torch.Tensor) else p.weight.packed for p in projections)
+    return tuple((weight.data_ptr(), weight._version) for weight in weights)
 
 
-def held(projection: Projection, dtype: torch.dtype) -> torch.Tensor | None:
-    """The weight [n, k] in `dtype` that stays for a projection; None if it has to be made."""
-    known = _held.get(projection.base)
+def held(projections: Sequence[Projection], dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor | None:
+    """What stays of the weights of these projections, in that dtype and shape; None if it has to be made.
+
+    It may have been made with more room around them.
+    """
+    base = projections[0].base
+    known = _held.get(base)
     if known is None or _ignored:
         return None
-    packed, version, made = known
-    source = _source(projection)
-    if source.data_ptr() == packed and source._version == version and made.dtype is dtype:
-        return made
-    del _held[projection.base]
-    _moving[projection.base] = True
+    sources, made = known
+    if sources != _sources(projections):
+        _moving[base] = True
+    elif made.dtype is dtype and made.shape[0] >= shape[0] and made.shape[1] >= shape[1]:
+        return made[: shape[0], : shape[1]]
+    del _held[base]
     return None
 
 
-def hold(projection: Projection, made: torch.Tensor) -> None:
-    """Let a weight stay that was made for a projection."""
-    if projection.base not in _moving:
-        source = _source(projection)
-        _held[projection.base] = source.data_ptr(), source._version, made
+def hold(projections: Sequence[Projection], made: torch.Tensor) -> None:
+    """Let stay what was made of the weights of these projections."""
+    if may_stay(projections):
+        _held[projections[0].base] = _sources(projections), made
 
 
 def drop(projections: Iterable[Projection]) -> None:
@@ -49,12 +53,12 @@ def drop(projections: Iterable[Projection]) -> None:
 
 def size(projections: Iterable[Projection]) -> int:
     """Bytes that stay of these."""
-    return sum(_held[p.base][2].nbytes for p in projections if p.base in _held)
+    return sum(_held[p.base][1].nbytes for p in projections if p.base in _held)
 
 
-def may_stay(projection: Projection) -> bool:
-    """Whether a weight made for it would be found again."""
-    return projection.base not in _moving
+def may_stay(projections: Sequence[Projection]) -> bool:
+    """Whether what was made of their weights would be found again."""
+    return projections[0].base not in _moving
 
 
 @contextmanager

@@ -9,8 +9,11 @@ layer's input x and the sum after the attention have the residual stream's dtype
     KEEP        and q [T, a], k and v [T, kv], the sum after the attention [T, h], gate and up [T, f]
 """
 
-from ..blocks.group import Group, is_made
+from collections.abc import Sequence
+
+from ..blocks.group import Group
 from ..blocks.policy import Policy
+from ..blocks.projection import Projection
 from ..blocks.run import Parts
 from ..kernels.ops.block_norm import Norm
 
@@ -37,7 +40,7 @@ def kept(parts: Parts, tokens: int, policy: Policy, width: int, graph: int = 0) 
         per_token += parts.heads[0] * _FP32
     if policy is Policy.ATTENTION:
         return tokens * per_token + graph
-    per_token += _statistics(parts.attention_norm) + _outputs(parts.up) * e
+    per_token += _statistics(parts.attention_norm) + _up(parts) * e
     if not parts.is_parallel:
         per_token += h * width
     if not graph or parts.qk_norms is not None:
@@ -67,28 +70,19 @@ def work(parts: Parts, tokens: int, policy: Policy, width: int) -> int:
     a, kv = _heads(parts)
     per_token = parts.down.k * e + 2 * h * e + 2 * h * width
     if policy is not Policy.KEEP:
-        per_token += _outputs(parts.up) * e + h * width + (2 * a + 2 * kv) * e
+        per_token += _up(parts) * e + h * width + (2 * a + 2 * kv) * e
     return tokens * per_token + largest_weight(parts)
 
 
 def largest_weight(parts: Parts) -> int:
     """Bytes of the largest weight that is made for each product; 0 where all are used as they are."""
-    return max(_made(parts), default=0)
+    return max((bytes_of(group, made) for group in parts.groups for made in group.made_together()), default=0)
 
 
-def resident(parts: Parts) -> int:
-    """Bytes of all weights that are made for each product, if they stayed."""
-    return sum(_made(parts))
-
-
-def _made(parts: Parts) -> list[int]:
-    """Bytes of each weight that is not used as it is: unpacked from four bits, or cast."""
-    return [
-        projection.shape[0] * projection.shape[1] * group.dtype.itemsize
-        for group in parts.groups
-        for projection in group.projections
-        if is_made(projection, group.dtype)
-    ]
+def bytes_of(group: Group, made: Sequence[Projection]) -> int:
+    """Bytes of the weights of these projections of a group as they are made: unpacked from four bits, or cast."""
+    rows = sum(projection.shape[0] for projection in made) + group.room
+    return rows * (group.k + group.room) * group.dtype.itemsize
 
 
 def _heads(parts: Parts) -> tuple[int, int]:
@@ -101,8 +95,9 @@ def _ranks(parts: Parts) -> int:
     return sum(group.r for group in parts.groups)
 
 
-def _outputs(group: Group) -> int:
-    return sum(projection.shape[0] for projection in group.projections)
+def _up(parts: Parts) -> int:
+    """Features of gate and up, with the room that is left behind them."""
+    return parts.up.n + (parts.up.room if parts.is_gated else 0)
 
 
 def _statistics(norm: Norm) -> int:

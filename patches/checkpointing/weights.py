@@ -3,22 +3,20 @@
 from collections.abc import Iterable
 
 from ..blocks import graphs, resident
-from ..blocks.group import base_weight, is_made
+from ..blocks.group import Group
+from ..blocks.made_weight import joint_weight
 from ..blocks.projection import Projection
 from ..blocks.run import Parts
+from .bytes import bytes_of
 
 # Of what is left over; the rest is for what nobody has planned.
 SHARE = 0.5
 
 
-def made_weights(parts: Parts) -> list[Projection]:
-    """The projections of a layer whose weight is made for each product, and would be found if it stayed."""
-    return [
-        projection
-        for group in parts.groups
-        for projection in group.projections
-        if is_made(projection, group.dtype) and resident.may_stay(projection)
-    ]
+def made_weights(parts: Parts) -> list[tuple[Group, tuple[Projection, ...]]]:
+    """What weights of a layer are made for each product, and would be found if they stayed: by what is made at once."""
+    made = ((group, together) for group in parts.groups for together in group.made_together())
+    return [(group, together) for group, together in made if resident.may_stay(together)]
 
 
 def fit(layers: Iterable[Parts], tokens: int, spare: int) -> int:
@@ -28,16 +26,15 @@ def fit(layers: Iterable[Parts], tokens: int, spare: int) -> int:
     """
     total = 0
     for parts in layers:
-        projections = made_weights(parts)
-        sizes = [p.shape[0] * p.shape[1] for p in projections]
-        size = sum(sizes) * parts.qkv.dtype.itemsize
-        if not projections or total + size > spare or tokens * sum(sizes) <= graphs.MAX_WORK:
-            resident.drop(projections)
+        made = made_weights(parts)
+        numbers = sum(p.shape[0] * p.shape[1] for _, together in made for p in together)
+        size = sum(bytes_of(group, together) for group, together in made)
+        if not made or total + size > spare or tokens * numbers <= graphs.MAX_WORK:
+            resident.drop(p for _, together in made for p in together)
             continue
         total += size
-        for projection in projections:
-            if resident.held(projection, parts.qkv.dtype) is None:
-                resident.hold(projection, base_weight(projection, parts.qkv.dtype))
+        for group, together in made:
+            resident.hold(together, joint_weight(together, group.dtype, group.room))
     return total
 
 

@@ -8,6 +8,7 @@ from lora_models import KNOWN, assert_every_policy, batch, distance, fuse, gradi
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
+from sloth_plugins.patches.blocks import decoder_layer, joint_group
 from sloth_plugins.patches.blocks.policy import Policy
 from sloth_plugins.testing import tiny_model
 
@@ -31,9 +32,9 @@ def projections(model):
                 yield module, name, child
 
 
-def quantised(architecture="llama", dense=(), compute_dtype=torch.float32, **options):
+def quantised(architecture="llama", dense=(), compute_dtype=torch.float32, sizes=None, **options):
     """A four-bit model, and a dense one with the same weights; both without adapters."""
-    sizes = {**SIZES, "num_attention_heads": 4}
+    sizes = {**SIZES, "num_attention_heads": 4, **(sizes or {})}
     if architecture in ("phi", "phi3"):
         del sizes["head_dim"]
     model = tiny_model(KNOWN.architectures[architecture], architecture, **sizes)
@@ -61,10 +62,10 @@ def quantised(architecture="llama", dense=(), compute_dtype=torch.float32, **opt
     return model, exact
 
 
-def with_adapters(model):
+def with_adapters(model, r=4, **options):
     torch.manual_seed(7)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(model, config).train()
+    given = {"lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    return get_peft_model(model, LoraConfig(r=r, **given)).train()
 
 
 STATES = {
@@ -90,6 +91,65 @@ def test_gradients(state, runs):
 @pytest.mark.parametrize("architecture", ["phi3", "phi", "qwen2", "gemma2"])
 def test_other_layouts(architecture, runs):
     assert_gradients_are_the_dense_models(*quantised(architecture), runs)
+
+
+def groups(model):
+    """The groups of the first layer's last reading."""
+    (layer,) = [module for module in model.modules() if module in decoder_layer._readings][:1]
+    return decoder_layer._readings[layer][0][2].groups
+
+
+WITH_ROOM = {
+    "all": ({}, {}),
+    "some": ({"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}, {}),
+    "other ranks and scales": ({"rank_pattern": {"k_proj": 16}, "alpha_pattern": {"v_proj": 3}}, {}),
+    "mixed with dense": ({}, {"dense": ("k_proj", "down_proj")}),
+}
+
+
+@pytest.mark.parametrize("case", WITH_ROOM)
+def test_low_rank_terms_inside_the_products(case, runs, monkeypatch):
+    options, state = WITH_ROOM[case]
+    monkeypatch.setattr(joint_group, "MAX_SHARE", 1.0)
+    model, exact = quantised(**state)
+    model, exact = with_adapters(model, 8, **options), with_adapters(exact, 8, **options)
+    assert_every_policy(model, runs, gradients(exact))
+    assert [group.room for group in groups(model)] == {
+        "all": [24, 8, 16, 8], "some": [16, 0, 8, 8], "other ranks and scales": [32, 8, 16, 8],
+        "mixed with dense": [0, 8, 16, 0],
+    }[case]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "phi", "qwen2", "qwen3", "gemma2"])
+def test_low_rank_terms_inside_the_products_of_other_layouts(architecture, runs, monkeypatch):
+    monkeypatch.setattr(joint_group, "MAX_SHARE", 1.0)
+    model, exact = (with_adapters(model, 8) for model in quantised(architecture))
+    assert_every_policy(model, runs, gradients(exact))
+    assert all(group.room == group.r > 0 for group in groups(model))
+
+
+@pytest.mark.parametrize("r", [4, 8, 16])
+def test_odd_and_wide_adapters_are_multiplied_by_themselves(r, runs, monkeypatch):
+    monkeypatch.setattr(joint_group, "MAX_SHARE", 1 / 8)
+    model, exact = (with_adapters(model, r) for model in quantised())
+    assert_every_policy(model, runs, gradients(exact))
+    # Of 128 features, or 256 of `down`.
+    assert [group.room for group in groups(model)] == {4: [0, 0, 8, 0], 8: [0, 8, 16, 8], 16: [0, 16, 0, 16]}[r]
+
+
+def test_dropout_beside_products_with_room(runs, monkeypatch):
+    """The outputs have their terms inside, and the input's gradient is dropped as the input was."""
+    model = with_adapters(quantised()[0], 8, lora_dropout=0.5)
+    fuse(model)
+    torch.manual_seed(3)
+    expected = gradients(model)
+    monkeypatch.setattr(joint_group, "MAX_SHARE", 1.0)
+    decoder_layer._readings.clear()
+    torch.manual_seed(3)
+    found = gradients(model)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    assert distance(found[1], expected[1]) < 1e-5
+    assert len(runs) == 4
 
 
 def test_bitsandbytes_own_backward_agrees(runs):

@@ -1,9 +1,12 @@
 """Bytes in closed form against those of the storages that live between forward and backward."""
 
 import pytest
+import torch
 from live_bytes import LiveBytes
 from lora_models import FAMILIES, batch, fuse, lora_model
+from test_quantised import quantised, with_adapters
 
+from sloth_plugins.patches.blocks import joint_group
 from sloth_plugins.patches.blocks.policy import Policy, choosing
 from sloth_plugins.patches.checkpointing import bytes as formulas
 
@@ -48,4 +51,23 @@ def test_bytes_of_a_layer(family, policy, runs):
             held.append(living(model, batch()))
     assert all(run.attention.is_plain for run in runs), "this compares torch's kernel"
     expected = formulas.kept(runs[0].parts, batch().numel(), policy, 4)
+    assert (held[1] - held[0]) / 2 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("policy", list(Policy))
+def test_bytes_of_a_layer_with_room(policy, runs, monkeypatch):
+    """What lies behind gate and up for the backward is kept with them; what a weight is made with goes at once."""
+    monkeypatch.setattr(joint_group, "MAX_SHARE", 1.0)
+    held = []
+    for layers in (2, 4):
+        model, _ = quantised(sizes={"num_hidden_layers": layers, "num_key_value_heads": 4})
+        model = with_adapters(model, 8)
+        assert fuse(model) == layers
+        with torch.compiler.set_stance("force_eager"), choosing(lambda *_: policy):
+            living(model, batch())
+            held.append(living(model, batch()))
+    parts = runs[0].parts
+    assert parts.up.room == 16
+    expected = formulas.kept(parts, batch().numel(), policy, 4)
     assert (held[1] - held[0]) / 2 == pytest.approx(expected, rel=0.01)

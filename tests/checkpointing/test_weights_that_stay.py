@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from test_quantised import quantised
 
 from sloth_plugins import patch
-from sloth_plugins.patches.blocks import graphs, group, resident
+from sloth_plugins.patches.blocks import graphs, joint_group, made_weight, resident
 from sloth_plugins.patches.checkpointing import backbone, weights
 from sloth_plugins.patches.checkpointing.budget import Budget
 
@@ -16,19 +16,22 @@ pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """A four-bit model with plans, and the weights that are made from four bits."""
+@pytest.fixture(params=[4, 8], ids=["alone", "with room"])
+def made(monkeypatch, request):
+    """A four-bit model with plans, and the weights that are made from four bits; with room for adapters or without."""
+    monkeypatch.setattr(joint_group, "MAX_SHARE", 1.0)
     memory = Counted()
     monkeypatch.setattr(backbone, "memory_of", lambda device: memory)
     monkeypatch.setattr(backbone, "_stacks", type(backbone._stacks)())
     monkeypatch.setattr(graphs, "MAX_WORK", 0)
     made = []
-    dequantize = group.dequantize_four_bit
-    monkeypatch.setattr(group, "dequantize_four_bit", lambda *args: (made.append(1), dequantize(*args))[1])
+    dequantize = made_weight.dequantize_four_bit
+    monkeypatch.setattr(made_weight, "dequantize_four_bit", lambda *args: (made.append(1), dequantize(*args))[1])
     model, _ = quantised()
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    model = get_peft_model(
+        model, LoraConfig(r=request.param, target_modules="all-linear", init_lora_weights=False)
+    ).train()
     patch(model, "*:blocks,*:checkpointing")
     with torch.compiler.set_stance("force_eager"):
         expected = gradients(model)
@@ -52,8 +55,10 @@ def test_each_is_made_once(made):
     assert not calls
     (stack,) = backbone._stacks.values()
     assert stack.staying > 0
-    held = [p for parts in stack._fused() for g in parts.groups for p in g.projections]
-    assert stack.staying == resident.size(held) == sum(4 * p.shape[0] * p.shape[1] for p in held)
+    groups = [group for parts in stack._fused() for group in parts.groups]
+    held = [p for group in groups for p in group.projections]
+    assert stack.staying == resident.size(held) == sum(4 * (g.n + g.room) * (g.k + g.room) for g in groups)
+    assert all((g.room == g.r) == (g.r % 8 == 0) for g in groups)
 
 
 def test_they_go_where_memory_is_short(made):

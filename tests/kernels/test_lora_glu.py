@@ -53,8 +53,9 @@ def test_values_and_gradients(case, dtype, activation, in_place):
         return [y.detach(), *torch.autograd.grad(y, leaves, plus(dy.to(kind), dy_term))]
 
     torchs, truths = plain(dtype), plain(torch.float64)
-    y = lora_glu(gate, up, gate_term, up_term, activation)
-    sums = lora_glu(gate, up, gate_term, up_term, activation, sums=True)
+    y, sums = torch.full_like(gate, torch.nan), torch.full_like(gate, torch.nan)
+    lora_glu(gate, up, gate_term, up_term, activation, y)
+    lora_glu(gate, up, gate_term, up_term, activation, sums, sums=True)
     assert torch.equal(sums, y)
     dgate, dup = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
     grad = dy.clone()
@@ -73,7 +74,7 @@ def test_sums_are_the_same_without_the_activation(dtype, ranks):
     pair, others = (gate, up), (gate.clone(), up.clone())
     torchs = [plus(t, added) for t, added in zip(pair, terms, strict=True)]
     truths = [plus(t.double(), added) for t, added in zip(pair, terms, strict=True)]
-    lora_glu(*pair, *terms, "silu", sums=True)
+    lora_glu(*pair, *terms, "silu", torch.empty_like(pair[0]), sums=True)
     add_low_rank(*others, *terms)
     for found, again, own, truth in zip(pair, others, torchs, truths, strict=True):
         assert torch.equal(found, again)
@@ -84,7 +85,8 @@ def test_sums_are_the_same_without_the_activation(dtype, ranks):
 def test_the_output_is_given_back_to_the_bit():
     gate, up = torch.randn(33, 40), torch.randn(33, 40)
     gate_term, up_term = term(33, 40, 4, torch.float32), term(33, 40, 4, torch.float32)
-    y, dy = lora_glu(gate, up, gate_term, up_term, "silu", sums=True), torch.randn(33, 40)
+    y, dy = torch.empty_like(gate), torch.randn(33, 40)
+    lora_glu(gate, up, gate_term, up_term, "silu", y, sums=True)
     lora_glu_backward(dy, None, gate, up, gate, up, "silu")
     assert torch.equal(dy, y)
 
@@ -93,6 +95,6 @@ def test_what_lies_between_rows_is_not_touched():
     memory = torch.full((4, 20), 7.0)
     gate, up, dy = memory[:, :6], torch.randn(4, 6), torch.randn(4, 6)
     gate.copy_(torch.randn(4, 6))
-    lora_glu(gate, up, term(4, 6, 2, torch.float32), None, "silu", sums=True)
+    lora_glu(gate, up, term(4, 6, 2, torch.float32), None, "silu", torch.empty_like(gate), sums=True)
     lora_glu_backward(dy, None, gate, up, gate, up, "silu")
     assert (memory[:, 6:] == 7.0).all()

@@ -30,16 +30,15 @@ def lora_glu(
     gate_term: LowRank | None,
     up_term: LowRank | None,
     activation: str,
+    out: torch.Tensor,
     *,
     sums: bool = False,
-) -> torch.Tensor:
-    """act(gate + gate_term) * (up + up_term) for gate and up [T, N] of unit stride in a row.
+) -> None:
+    """Write act(gate + gate_term) * (up + up_term) into `out`; gate, up and out [T, N] of unit stride in a row.
 
     The sums are rounded to the dtype, and so is the activation. With `sums`, gate and up become theirs.
     """
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, known(activation), out, sums)
-    return out
 
 
 def add_low_rank(gate: torch.Tensor, up: torch.Tensor, gate_term: LowRank | None, up_term: LowRank | None) -> None:
