@@ -29,6 +29,7 @@ MODULES = {
     "KTO": "trl.trainer",
     "GRPO": "trl.trainer",
     "RLOO": "trl.trainer",
+    "Reward": "trl.trainer",
 }
 FILES = {"OnlineDPO": "online_dpo"}
 
