@@ -26,7 +26,7 @@ class AdapterCopies:
                 group.a = present[0].a.detach()
             elif present:
                 group.a = torch.empty((group.r, group.k), dtype=dtype, device=present[0].a.device)
-            if isinstance(group, JointGroup) and group.room:
+            if isinstance(group, JointGroup) and present:
                 group.b_joint = torch.zeros((group.n, group.r), dtype=dtype, device=present[0].a.device)
             for i, (adapter, cols) in enumerate(zip(group.adapters, group.cols, strict=True)):
                 if adapter is None or group.a is None:

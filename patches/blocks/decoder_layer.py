@@ -67,6 +67,24 @@ def _draw(count: int, device: torch.device) -> list[int]:
     return [zlib.crc32(f"{generator.initial_seed()} {offset} {i}".encode()) >> 1 for i in range(count)]
 
 
+class _without_autocast:
+    """Within it, products are in the dtype of what is multiplied: the blocks have cast it. (torch.autocast is slow.)"""
+
+    __slots__ = ("kind", "was")
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.was = torch.is_autocast_enabled(kind)
+
+    def __enter__(self) -> None:
+        if self.was:
+            torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self.was:
+            torch.set_autocast_enabled(self.kind, True)
+
+
 # The last readings of a layer, newest first: with its adapter and, as a reference model of its own, without.
 READINGS = 2
 _readings: WeakKeyDictionary[torch.nn.Module, list[tuple[tuple[Any, ...], Watch, Parts]]] = WeakKeyDictionary()
@@ -179,8 +197,7 @@ class _Fused:
         graph = graph_for(layer, run, x, [*first, *second])
         apply_attention: Any = AttentionBlock.apply
         apply_mlp: Any = MLPBlock.apply
-        # The blocks have cast what they multiply.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             if graph is not None:
                 apply_graph: Any = GraphedLayer.apply
                 out = apply_graph(graph, run, x, *first, *second)

@@ -25,8 +25,8 @@ def enter(
 
     "xa" is that of `kept`, if an earlier forward has left anything. `out` is a joint group's.
     """
-    normed = group.new_input(x.shape[0], x.device)
-    stats = norm_rows(x, norm, normed[:, : group.k])
+    normed = torch.empty(x.shape, dtype=group.dtype, device=x.device)
+    stats = norm_rows(x, norm, normed)
     xa = kept["xa"] if kept else group.low_rank(normed, seeds)
     return {"stats": stats, "xa": xa}, group.forward(normed, xa, with_adapters=with_adapters, out=out)
 

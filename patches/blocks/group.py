@@ -29,7 +29,7 @@ class Group:
 
     __slots__ = ("a", "adapters", "b", "cols", "dtype", "has_dropout", "k", "n", "outputs", "projections", "r", "scale")
     room = 0
-    """Columns behind an input [T, k] for xa, and behind the outputs' gradient for dyb, if a product takes them so."""
+    """Columns behind the outputs' gradient for dyb, if the product for the input's takes it from there."""
 
     def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
         self.projections = tuple(projections)
@@ -72,10 +72,6 @@ class Group:
         """Whether all outputs are one tensor, and so are their gradients."""
         return len(self.projections) == 1
 
-    def new_input(self, n_rows: int, device: torch.device) -> Tensor:
-        """Memory [T, k + room] for an input."""
-        return torch.empty((n_rows, self.k + self.room), dtype=self.dtype, device=device)
-
     def new_outputs(self, n_rows: int, device: torch.device) -> Tensor:
         """Memory [T, n + room] for all outputs, or their gradient."""
         return torch.empty((n_rows, self.n + self.room), dtype=self.dtype, device=device)
@@ -85,10 +81,9 @@ class Group:
         return [(p,) for p in self.projections if is_made(p, self.dtype)]
 
     def low_rank(self, x: Tensor, seeds: Sequence[int]) -> Tensor | None:
-        """xa [T, r] of an input x [T, k or k + room]; None without adapters."""
+        """xa [T, r] of an input x [T, k]; None without adapters."""
         if self.a is None:
             return None
-        x = x[:, : self.k]
         if not self.has_dropout and self.scale is not None:
             return scaled_product(x, self.a.t(), self.scale)
         xa = torch.empty((x.shape[0], self.r), dtype=x.dtype, device=x.device)

@@ -1,25 +1,24 @@
-"""Projections of one input whose weights are made for each product: into one matrix, with the adapters around it.
+"""Projections of one input whose weights are made for each product: into one matrix.
 
 With the weights W [n, k] below each other, and B [n, r] with each projection's in its own rows and columns:
 
-    [y]  = [x | xa] [W | B]^T        one product, and no pass over y for the low-rank terms
-    [dx] = [dy | dyb] [W]            nor one over dx
+    y    = x W^T, rounded, + xa B^T
+    [dx] = [dy | dyb] [W]            without a pass over dx for the low-rank term
                       [A]
 
-xa and dyb lie in columns behind x and dy, where whoever makes these leaves room. The zeros in B cost products, so wide
-adapters go without.
+dyb lies in columns behind dy, where whoever makes it leaves room. The forward has no such product: it would not round
+before the low-rank term is added, as stock training does, and where that term is small training would differ.
 """
 
 from collections.abc import Sequence
 
 import torch
 
+from ..kernels.four_bit_weight import FourBitRows
 from .group import Group, Tensor, scaled_product
 from .made_weight import is_made, joint_weight
 from .projection import Projection
 
-# Ranks together beyond this share of an input's features are multiplied by themselves.
-MAX_SHARE = 1 / 32
 # Rows of matrices have to begin at multiples of 16 bytes.
 STEP = 8
 
@@ -27,13 +26,13 @@ STEP = 8
 class JointGroup(Group):
     """A `Group` whose outputs, and gradients of them, are one tensor [T, n]; with room behind it where it says so."""
 
-    __slots__ = ("b_joint", "room")
+    __slots__ = ("b_joint", "packed", "room")
 
     def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
         super().__init__(projections, dtype)
-        fits = self.r % STEP == 0 and self.r <= MAX_SHARE * self.k
-        self.room = self.r if fits else 0
-        # B of all, zero where rows and columns are not of one projection; where there is room for it.
+        self.room = self.r if self.r % STEP == 0 else 0
+        self.packed = FourBitRows.of([p.weight for p in projections]) if len(projections) > 1 else None
+        # B of all, zero where rows and columns are not of one projection.
         self.b_joint: Tensor | None = None
 
     def made_together(self) -> list[tuple[Projection, ...]]:
@@ -55,24 +54,19 @@ class JointGroup(Group):
         out: Tensor | None = None,
     ) -> list[Tensor]:
         """One tensor [T, n] of all outputs; or `out` [T, n + room], with them in its first columns."""
-        is_wide = x.shape[1] > self.k
-        weight = joint_weight(self.projections, self.dtype, self.room)[: self.n, : x.shape[1]]
-        if is_wide:
-            assert xa is not None, "there is no room without adapters"
-            assert self.b_joint is not None, "the adapters have been copied"
-            x[:, self.k :].copy_(xa)
-            weight[:, self.k :].copy_(self.b_joint)
+        weight = self._weight()[: self.n]
         bias = self._bias()
         start, rest = (residual, None) if bias is None else (bias, residual)
         to = None if out is None else out[:, : self.n]
         y = torch.mm(x, weight.t(), out=to) if start is None else torch.addmm(start, x, weight.t(), out=to)
         if rest is not None:
             y.add_(rest)
-        if with_adapters and not is_wide and xa is not None:
-            for outputs, cols, b in zip(self.outputs, self.cols, self.b, strict=True):
-                if b is not None:
-                    y[:, outputs].addmm_(xa[:, cols], b.t())
+        if with_adapters and xa is not None and self.b_joint is not None:
+            y.addmm_(xa, self.b_joint.t())
         return [y if out is None else out]
+
+    def _weight(self) -> Tensor:
+        return joint_weight(self.projections, self.dtype, self.room, self.packed)
 
     def _bias(self) -> Tensor | None:
         biases = [p.bias for p in self.projections]
@@ -101,11 +95,11 @@ class JointGroup(Group):
     ) -> Tensor:
         """dx [T, k]; `dyb` is what `low_rank_grad` gave for these `dys`."""
         (dy,) = dys
-        weight = joint_weight(self.projections, self.dtype, self.room)
+        weight = self._weight()
         if dy.shape[1] > self.n and with_adapters and not self.has_dropout and self.a is not None:
-            weight[self.n :, : self.k].copy_(self.a)
-            return torch.mm(dy, weight[:, : self.k])
-        dx = torch.mm(dy[:, : self.n], weight[: self.n, : self.k])
+            weight[self.n :].copy_(self.a)
+            return torch.mm(dy, weight)
+        dx = torch.mm(dy[:, : self.n], weight[: self.n])
         return self._plus_adapters(dx, dyb, seeds) if with_adapters else dx
 
     def adapter_grads(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels.four_bit_weight import FourBit
-from ..kernels.ops.four_bit import dequantize_four_bit
+from ..kernels.four_bit_weight import FourBit, FourBitRows
+from ..kernels.ops.four_bit import dequantize_four_bit, dequantize_four_bit_rows
 from .projection import Projection
 from .resident import held
 
@@ -24,9 +24,14 @@ def base_weight(projection: Projection, dtype: torch.dtype) -> torch.Tensor:
     return joint_weight((projection,), dtype, 0)
 
 
-def joint_weight(projections: Sequence[Projection], dtype: torch.dtype, room: int) -> torch.Tensor:
-    """Weights below each other [n + room, k + room], in `dtype`: what stays of them, or made; the rest is undefined."""
-    shape = sum(p.shape[0] for p in projections) + room, projections[0].shape[1] + room
+def joint_weight(
+    projections: Sequence[Projection], dtype: torch.dtype, room: int, packed: FourBitRows | None = None
+) -> torch.Tensor:
+    """Weights below each other [n + room, k], in `dtype`: what stays of them, or made; the room's rows are undefined.
+
+    `packed` are the weights, if they can be unpacked together.
+    """
+    shape = sum(p.shape[0] for p in projections) + room, projections[0].shape[1]
     resident = held(projections, dtype, shape)
     if resident is not None:
         return resident
@@ -35,13 +40,15 @@ def joint_weight(projections: Sequence[Projection], dtype: torch.dtype, room: in
         return first.to(dtype)
     device = first.packed.device if isinstance(first, FourBit) else first.device
     out = torch.empty(shape, dtype=dtype, device=device)
+    if packed is not None:
+        dequantize_four_bit_rows(packed, out[: shape[0] - room])
+        return out
     start = 0
     for projection in projections:
-        rows, cols = projection.shape
-        part = out[start : start + rows, :cols]
+        part = out[start : start + projection.shape[0]]
         if isinstance(projection.weight, FourBit):
             dequantize_four_bit(projection.weight, part)
         else:
             part.copy_(projection.weight)
-        start += rows
+        start += projection.shape[0]
     return out

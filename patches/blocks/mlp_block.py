@@ -38,7 +38,7 @@ def _terms(run: Run, made: dict[str, Any]) -> tuple[LowRank | None, LowRank | No
 
 def _adds_late(run: Run) -> bool:
     """Whether the activation adds the adapters of gate and up, which otherwise their products do."""
-    return run.parts.is_gated and run.parts.up.is_narrow and not run.parts.up.room
+    return run.parts.is_gated and run.parts.up.is_narrow
 
 
 def _activate(run: Run, made: dict[str, Any]) -> Tensor:
@@ -46,10 +46,10 @@ def _activate(run: Run, made: dict[str, Any]) -> Tensor:
     if not run.parts.is_gated:
         activated: Tensor = kernels_for("activation", outputs[0]).activate_fwd(outputs[0], run.parts.activation)
         return activated
-    pair, terms, down = _gate_and_up(run, outputs), _terms(run, made), run.parts.down
-    hidden = down.new_input(pair[0].shape[0], pair[0].device)
+    pair, terms = _gate_and_up(run, outputs), _terms(run, made)
+    hidden = torch.empty(pair[0].shape, dtype=pair[0].dtype, device=pair[0].device)
     sums = run.policy is Policy.KEEP and run.is_differentiable
-    lora_glu(*pair, *terms, run.parts.activation, hidden[:, : down.k], sums=sums)
+    lora_glu(*pair, *terms, run.parts.activation, hidden, sums=sums)
     return hidden
 
 

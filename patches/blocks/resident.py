@@ -24,7 +24,7 @@ def _sources(projections: Sequence[Projection]) -> Sources:
 def held(projections: Sequence[Projection], dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor | None:
     """What stays of the weights of these projections, in that dtype and shape; None if it has to be made.
 
-    It may have been made with more room around them.
+    It may have been made with more room below them.
     """
     base = projections[0].base
     known = _held.get(base)
@@ -33,8 +33,8 @@ def held(projections: Sequence[Projection], dtype: torch.dtype, shape: tuple[int
     sources, made = known
     if sources != _sources(projections):
         _moving[base] = True
-    elif made.dtype is dtype and made.shape[0] >= shape[0] and made.shape[1] >= shape[1]:
-        return made[: shape[0], : shape[1]]
+    elif made.dtype is dtype and made.shape[0] >= shape[0] and made.shape[1] == shape[1]:
+        return made[: shape[0]]
     del _held[base]
     return None
 

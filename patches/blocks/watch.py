@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels.module_tree import Held, ModuleTree, are_same
+from ..kernels.module_tree import Held, ModuleTree, are_same, is_empty
 
 # What the readers look at beside classes, hooks, children and parameters. Lists and dicts are compared by value.
 _ATTRIBUTES = (
@@ -36,7 +36,8 @@ class Watch:
     __slots__ = ("_bare", "_forwards", "_four_bit", "_getters", "_groups", "_parameters", "_states", "_tree", "_values")
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        self._tree = ModuleTree(layer)
+        # Who puts something into an empty container changes others, too.
+        self._tree = ModuleTree(layer, leave_out=is_empty)
         below = self._tree.held
         self._forwards = [kind.forward for kind in self._tree.kinds]
         self._bare = [held for held in below if "forward" not in held]

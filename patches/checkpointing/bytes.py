@@ -82,7 +82,7 @@ def largest_weight(parts: Parts) -> int:
 def bytes_of(group: Group, made: Sequence[Projection]) -> int:
     """Bytes of the weights of these projections of a group as they are made: unpacked from four bits, or cast."""
     rows = sum(projection.shape[0] for projection in made) + group.room
-    return rows * (group.k + group.room) * group.dtype.itemsize
+    return rows * group.k * group.dtype.itemsize
 
 
 def _heads(parts: Parts) -> tuple[int, int]:

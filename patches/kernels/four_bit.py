@@ -7,26 +7,25 @@ import triton
 import triton.language as tl
 
 from .dispatch import on_device_of
-from .four_bit_weight import FourBit
-from .rows import cdiv
+from .four_bit_weight import FourBit, FourBitRows
+from .rows import cdiv, next_power_of_2
 
 _TILE = 4096
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
-def dequantize_kernel(
-    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, cols, stride, tiles,
+def _unpack(
+    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, to_ptr, first, n,
     TILE: tl.constexpr, UNIT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one row, in units of 8 elements (a 32-bit word) that lie in one row and one block, or of 1."""
-    pid = tl.program_id(0)
-    row = (pid // tiles).to(tl.int64)
-    start = (pid % tiles) * TILE
-    # Of the tile's first element among all. What is added to it in a tile stays in 32 bits.
-    first = row * cols + start
+    """Write up to TILE elements of a row, n at most, of which `first` is the place among all of the weight.
+
+    In units of 8 elements (a 32-bit word) that lie in one row and one block, or of 1. What is added to `first` in a
+    tile stays in 32 bits.
+    """
     at = tl.arange(0, TILE // UNIT) * UNIT
-    inside = start + at < cols
+    inside = at < n
     within = tl.arange(0, UNIT)
     if UNIT == 8:
         words = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + first // 8 + at // 8, mask=inside, other=0)
@@ -44,8 +43,52 @@ def dequantize_kernel(
         outer = tl.load(nested_absmax_ptr + block0 // NESTED + nested, mask=inside, other=0.0)
         # Two roundings: the launcher forbids to fuse them.
         scale = tl.load(nested_code_ptr + scale.to(tl.int32)) * outer + tl.load(offset_ptr)
-    values = (tl.load(code_ptr + nibbles) * scale[:, None]).to(DTYPE).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * stride + start + (at[:, None] + within[None, :]), values, mask=inside[:, None])
+    values = (tl.load(code_ptr + nibbles) * scale[:, None]).to(DTYPE).to(to_ptr.dtype.element_ty)
+    tl.store(to_ptr + (at[:, None] + within[None, :]), values, mask=inside[:, None])
+
+
+@triton.jit
+def dequantize_kernel(
+    packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, cols, stride, tiles,
+    TILE: tl.constexpr, UNIT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One tile of one row."""
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    start = (pid % tiles) * TILE
+    _unpack(
+        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+        out_ptr + row * stride + start, row * cols + start, cols - start, TILE, UNIT, BLOCKSIZE, NESTED, DTYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_rows_kernel(
+    table_ptr, out_ptr, cols, tiles,
+    WEIGHTS: tl.constexpr, TILE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One tile of one row of several weights; `table_ptr` is that of `FourBitRows`."""
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    start = (pid % tiles) * TILE
+    which = 0
+    first_row = row * 0
+    for i in tl.static_range(WEIGHTS - 1):
+        end = tl.load(table_ptr + i * 7 + 6)
+        which = tl.where(row >= end, i + 1, which)
+        first_row = tl.where(row >= end, end, first_row)
+    at = table_ptr + which * 7
+    absmax = tl.load(at + 1)
+    if NESTED:
+        absmax_ptr = absmax.to(tl.pointer_type(tl.uint8))
+    else:
+        absmax_ptr = absmax.to(tl.pointer_type(tl.float32))
+    _unpack(
+        tl.multiple_of(tl.load(at).to(tl.pointer_type(tl.uint8)), 16), absmax_ptr,
+        tl.load(at + 2).to(tl.pointer_type(tl.float32)), tl.load(at + 3).to(tl.pointer_type(tl.float32)),
+        tl.load(at + 4).to(tl.pointer_type(tl.float32)), tl.load(at + 5).to(tl.pointer_type(tl.float32)),
+        out_ptr + row * cols + start, (row - first_row) * cols + start, cols - start, TILE, 8, BLOCKSIZE, NESTED, DTYPE,
+    )  # fmt: skip
 
 
 def dequantize(weight: FourBit, out: torch.Tensor) -> None:
@@ -55,7 +98,7 @@ def dequantize(weight: FourBit, out: torch.Tensor) -> None:
         # One long row: tiles need not end where rows do.
         rows, cols = 1, rows * cols
     unit = 8 if cols % 8 == 0 and weight.packed.data_ptr() % 4 == 0 else 1
-    tile = min(_TILE, max(8, triton.next_power_of_2(cols)))
+    tile = min(_TILE, max(8, next_power_of_2(cols)))
     tiles = cdiv(cols, tile)
     nested = weight.nested_absmax is not None
     with on_device_of(out):
@@ -64,4 +107,16 @@ def dequantize(weight: FourBit, out: torch.Tensor) -> None:
             weight.nested_code if nested else weight.code, weight.offset if nested else weight.code, out,
             cols, stride, tiles, TILE=tile, UNIT=unit, BLOCKSIZE=weight.blocksize, NESTED=weight.nested_blocksize,
             DTYPE=_DTYPES[weight.dtype], num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def dequantize_rows(weights: FourBitRows, out: torch.Tensor) -> None:
+    """Write all weights into `out`, contiguous; same contract as `ops.four_bit.dequantize_four_bit_rows`."""
+    first, cols = weights.weights[0], out.shape[1]
+    tile = min(_TILE, next_power_of_2(cols))
+    tiles = cdiv(cols, tile)
+    with on_device_of(out):
+        dequantize_rows_kernel[(weights.rows * tiles,)](
+            weights.table, out, cols, tiles, WEIGHTS=len(weights.weights), TILE=tile, BLOCKSIZE=first.blocksize,
+            NESTED=first.nested_blocksize, DTYPE=_DTYPES[first.dtype], num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """A weight as bitsandbytes packs it into four bits: its parts by name, checked once, without bitsandbytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,34 @@ class FourBit:
     nested_code: torch.Tensor | None = None
     nested_blocksize: int = 0
     offset: torch.Tensor | None = None
+
+
+class FourBitRows:
+    """Weights of equal columns and blocks, whose rows lie below each other when they are unpacked.
+
+    `table` [weights, 7] is int64 on their device: the addresses of packed, absmax, code, nested_absmax, nested_code and
+    offset (those of `code` for what is not there), and the rows up to the weight's end.
+    """
+
+    __slots__ = ("rows", "table", "weights")
+
+    def __init__(self, weights: Sequence[FourBit]) -> None:
+        self.weights = tuple(weights)
+        self.rows = 0
+        table = []
+        for w in weights:
+            self.rows += w.shape[0]
+            parts = (w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code, w.offset)
+            table.append([*((w.code if part is None else part).data_ptr() for part in parts), self.rows])
+        self.table = torch.tensor(table, dtype=torch.int64).to(weights[0].packed.device)
+
+    @classmethod
+    def of(cls, weights: Sequence[object]) -> "FourBitRows | None":
+        """These weights, if all are of one kind and their rows are whole words of eight elements; else None."""
+        four_bit = [w for w in weights if isinstance(w, FourBit)]
+        kinds = {(w.shape[1], w.blocksize, w.nested_blocksize, w.dtype, w.packed.device) for w in four_bit}
+        aligned = all(w.shape[1] % 8 == 0 and w.packed.data_ptr() % 16 == 0 for w in four_bit)
+        return cls(four_bit) if len(four_bit) == len(weights) and len(kinds) == 1 and aligned else None
 
 
 def _cdiv(a: int, b: int) -> int:

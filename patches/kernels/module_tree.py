@@ -6,13 +6,14 @@ reports to audit hooks, and libraries install such.)
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 
 Held = dict[str, Any]
+_CONTAINERS = frozenset({torch.nn.ModuleDict, torch.nn.ParameterDict})
 _modules = operator.itemgetter("_modules")
 _parameters = operator.itemgetter("_parameters")
 
@@ -27,17 +28,24 @@ def are_same(now: Sequence[Any], before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
+def is_empty(module: torch.nn.Module) -> bool:
+    """Whether it is a container without anything in it, as PEFT makes for adapters of other kinds."""
+    return type(module) in _CONTAINERS and not module._modules and not module._parameters
+
+
 class ModuleTree:
     """The modules below `root`, without itself, so that what is kept of a module does not keep it alive.
 
     `held` are their attributes, `kinds` their classes, each once, and `parameters` all, root's too, in torch's order.
+    Those that `leave_out` holds of are known only as children.
     """
 
     __slots__ = ("_all", "_children", "_classes", "_lengths", "_own", "held", "kinds", "modules", "parameters")
 
-    def __init__(self, root: torch.nn.Module) -> None:
+    def __init__(self, root: torch.nn.Module, leave_out: Callable[[torch.nn.Module], bool] | None = None) -> None:
         self._own = contents((root._modules, root._parameters))
-        self.modules = [module for module in root.modules() if module is not root]
+        below = (module for module in root.modules() if module is not root)
+        self.modules = [module for module in below if leave_out is None or not leave_out(module)]
         self.held: list[Held] = list(map(vars, self.modules))
         self._classes = list(map(type, self.modules))
         self.kinds: list[Any] = list(set(self._classes))

@@ -6,7 +6,6 @@ from live_bytes import LiveBytes
 from lora_models import FAMILIES, batch, fuse, lora_model
 from test_quantised import quantised, with_adapters
 
-from sloth_plugins.patches.blocks import joint_group
 from sloth_plugins.patches.blocks.policy import Policy, choosing
 from sloth_plugins.patches.checkpointing import bytes as formulas
 
@@ -56,9 +55,8 @@ def test_bytes_of_a_layer(family, policy, runs):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("policy", list(Policy))
-def test_bytes_of_a_layer_with_room(policy, runs, monkeypatch):
+def test_bytes_of_a_layer_with_room(policy, runs):
     """What lies behind gate and up for the backward is kept with them; what a weight is made with goes at once."""
-    monkeypatch.setattr(joint_group, "MAX_SHARE", 1.0)
     held = []
     for layers in (2, 4):
         model, _ = quantised(sizes={"num_hidden_layers": layers, "num_key_value_heads": 4})

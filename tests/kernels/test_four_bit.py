@@ -8,8 +8,8 @@ import torch
 from accuracy import INTERPRETED
 
 from sloth_plugins.patches.kernels import reference_four_bit
-from sloth_plugins.patches.kernels.four_bit_weight import FourBit, of_quant_state
-from sloth_plugins.patches.kernels.ops.four_bit import dequantize_four_bit, supports_four_bit
+from sloth_plugins.patches.kernels.four_bit_weight import FourBit, FourBitRows, of_quant_state
+from sloth_plugins.patches.kernels.ops.four_bit import dequantize_four_bit, dequantize_four_bit_rows, supports_four_bit
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -104,6 +104,32 @@ def test_blocksizes(blocksize, nested, shape):
     packed, state = quantized(torch.randn(shape), blocksize=blocksize, nested=nested)
     assert_exact(packed, state, torch.float32)
     assert_exact(packed, state, torch.float16, beyond=5)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("heights", [(3, 1), (5, 2, 4)], ids=str)
+@pytest.mark.parametrize("cols", [64, 4096 + 8])
+def test_rows_of_several_weights(cols, heights, quant_type, nested, out_dtype):
+    made = [quantized(torch.randn(rows, cols) * (i + 1), quant_type, nested=nested) for i, rows in enumerate(heights)]
+    weights = FourBitRows.of([known(*each) for each in made])
+    assert weights is not None
+    assert weights.rows == sum(heights)
+    out = torch.full((weights.rows, cols), NAN, dtype=out_dtype)
+    dequantize_four_bit_rows(weights, out)
+    assert same(out, torch.cat([theirs(*each) for each in made]).to(out_dtype))
+
+
+def test_rows_that_do_not_go_together():
+    one, other = known(*quantized(torch.randn(4, 64))), known(*quantized(torch.randn(4, 128)))
+    assert FourBitRows.of([one, one]) is not None
+    assert FourBitRows.of([one, other]) is None
+    assert FourBitRows.of([one, known(*quantized(torch.randn(4, 64), nested=True))]) is None
+    assert FourBitRows.of([one, known(*quantized(torch.randn(4, 64), blocksize=128))]) is None
+    assert FourBitRows.of([one, known(*quantized(torch.randn(4, 64).half()))]) is None
+    assert FourBitRows.of([one, torch.randn(4, 64)]) is None
+    assert FourBitRows.of([known(*quantized(torch.randn(4, 36)))] * 2) is None
 
 
 @pytest.mark.parametrize("shape", [(300, 128), (301, 127)], ids=str)

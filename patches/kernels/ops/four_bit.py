@@ -3,7 +3,7 @@
 import torch
 
 from ..dispatch import Backend, backend_for
-from ..four_bit_weight import FourBit
+from ..four_bit_weight import FourBit, FourBitRows
 from .common import implementation
 
 
@@ -21,6 +21,15 @@ def dequantize_four_bit(weight: FourBit, out: torch.Tensor) -> None:
             f"({out.dtype}, {out.device}, {tuple(out.shape)}) here; ask supports_four_bit first"
         )
     implementation("four_bit" if backend == "triton" else "reference_four_bit").dequantize(weight, out)
+
+
+def dequantize_four_bit_rows(weights: FourBitRows, out: torch.Tensor) -> None:
+    """Write all weights, below each other, into `out` [rows, cols], contiguous; as `dequantize_four_bit` would."""
+    if backend_for(out) == "triton" and out.is_contiguous():
+        implementation("four_bit").dequantize_rows(weights, out)
+        return
+    for weight, part in zip(weights.weights, out.split([w.shape[0] for w in weights.weights]), strict=True):
+        dequantize_four_bit(weight, part)
 
 
 def supports_four_bit(weight: FourBit, out: torch.Tensor) -> bool:
