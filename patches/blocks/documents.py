@@ -4,6 +4,7 @@ Where a row is packed, transformers makes a mask [B, 1, S, S] from position_ids 
 shorter than the row, one from that. A kernel for documents of unequal length needs no mask, only where each begins.
 """
 
+import functools
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ Tensor = torch.Tensor
 CHUNK = 1024
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """Causal attention within each of the documents that B * S tokens consist of.
 
@@ -28,12 +29,12 @@ class Documents:
     on_device: Tensor
     window: int | None
 
-    @property
+    @functools.cached_property
     def lengths(self) -> list[int]:
         """How many tokens each document has."""
         return [end - start for start, end in itertools.pairwise(self.bounds)]
 
-    @property
+    @functools.cached_property
     def longest(self) -> int:
         """How many tokens the longest has."""
         return max(self.lengths)

@@ -17,23 +17,22 @@ class Budget:
 
     kind: Literal["auto", "bytes", "share", "min"] = "auto"
     value: float = 0.0
-    text: str = "auto"
 
 
 def parse(text: str, source: str = VARIABLE) -> Budget:
     """A budget from its text. Raises ValueError, with a line for the user, for anything else."""
     given = text.strip().lower()
     if given in ("auto", "min"):
-        return Budget("auto" if given == "auto" else "min", 0.0, given)
+        return Budget("auto" if given == "auto" else "min")
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[a-z]*)", given)
     unit = match[2] if match else ""
     if match and unit == "%" and 0.0 < float(match[1]) <= 100.0:
-        return Budget("share", float(match[1]) / 100.0, given)
+        return Budget("share", float(match[1]) / 100.0)
     if match and unit in _UNITS and float(match[1]) > 0.0:
         size = float(match[1]) * _UNITS[unit]
         # A number without a unit is too easily meant in GiB.
         if unit or size >= 2**20:
-            return Budget("bytes", size, given)
+            return Budget("bytes", size)
     raise ValueError(f"{source}={text!r} is not one of: {FORMS}")
 
 

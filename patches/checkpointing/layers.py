@@ -19,6 +19,8 @@ from .options import Option
 HOST_BYTES_PER_SECOND = 2e10
 OVERLAP = 0.8
 INTERFERENCE = 0.03
+# What upstream looks at in a layer, to checkpoint it or not.
+_FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +171,6 @@ def checkpointed(module: torch.nn.Module, flag: bool) -> Iterator[None]:
                 held[name] = before[name]
             else:
                 held.pop(name, None)
-
-
-_FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
 def _checkpoint(function: Any, *args: Any) -> Any:

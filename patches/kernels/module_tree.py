@@ -14,13 +14,12 @@ import torch
 
 Held = dict[str, Any]
 _CONTAINERS = frozenset({torch.nn.ModuleDict, torch.nn.ParameterDict})
-_modules = operator.itemgetter("_modules")
-_parameters = operator.itemgetter("_parameters")
+_own = operator.itemgetter("_modules", "_parameters")
 
 
-def contents(dicts: Iterable[Held]) -> list[Any]:
-    """The values of dicts, one after another."""
-    return list(chain.from_iterable(map(dict.values, dicts)))
+def _contents(held: Iterable[Held]) -> list[Any]:
+    """The children and parameters of modules with these attributes."""
+    return list(chain.from_iterable(map(dict.values, chain.from_iterable(map(_own, held)))))
 
 
 def are_same(now: Sequence[Any], before: Sequence[Any]) -> bool:
@@ -40,30 +39,23 @@ class ModuleTree:
     Those that `leave_out` holds of are known only as children.
     """
 
-    __slots__ = ("_all", "_children", "_classes", "_lengths", "_own", "held", "kinds", "modules", "parameters")
+    __slots__ = ("_classes", "_contents", "_own", "held", "kinds", "modules", "parameters")
 
     def __init__(self, root: torch.nn.Module, leave_out: Callable[[torch.nn.Module], bool] | None = None) -> None:
-        self._own = contents((root._modules, root._parameters))
         below = (module for module in root.modules() if module is not root)
         self.modules = [module for module in below if leave_out is None or not leave_out(module)]
         self.held: list[Held] = list(map(vars, self.modules))
         self._classes = list(map(type, self.modules))
         self.kinds: list[Any] = list(set(self._classes))
-        self._children = contents(map(_modules, self.held))
-        self._all = contents(map(_parameters, self.held))
-        self._lengths = self._count()
-        every = (*root._parameters.values(), *self._all)
-        self.parameters: list[torch.nn.Parameter] = list(dict.fromkeys(p for p in every if p is not None))
-
-    def _count(self) -> list[int]:
-        return [*map(len, map(_modules, self.held)), *map(len, map(_parameters, self.held))]
+        self._own = _contents([vars(root)])
+        self._contents = _contents(self.held)
+        every = (p for held in (vars(root), *self.held) for p in held["_parameters"].values() if p is not None)
+        self.parameters: list[torch.nn.Parameter] = list(dict.fromkeys(every))
 
     def is_of(self, root: torch.nn.Module) -> bool:
         """Whether these are all modules and parameters below `root`, and their classes, still."""
         return (
-            are_same(contents((root._modules, root._parameters)), self._own)
+            are_same(_contents([vars(root)]), self._own)
             and are_same(list(map(type, self.modules)), self._classes)
-            and are_same(contents(map(_modules, self.held)), self._children)
-            and are_same(contents(map(_parameters, self.held)), self._all)
-            and self._count() == self._lengths
+            and are_same(_contents(self.held), self._contents)
         )

@@ -18,7 +18,14 @@ ACTS = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
 # (tokens, features, ranks of gate, up and down; 0 for none)
-CASES = [(3, 7, 4, 4, 4), (5, 130, 1, 0, 3), (33, 40, 0, 20, 0), (2, 64, 0, 0, 0), (1, 129, 16, 16, 16)]
+CASES = [
+    (3, 7, 4, 4, 4),
+    (5, 130, 1, 0, 3),
+    (33, 40, 0, 20, 0),
+    (2, 64, 0, 0, 0),
+    (1, 129, 16, 16, 16),
+    (2, 700, 5, 4, 3),
+]
 
 
 def wide(rows, cols, dtype, extra=3):

@@ -28,7 +28,8 @@ def dequantize_four_bit_rows(weights: FourBitRows, out: torch.Tensor) -> None:
     if backend_for(out) == "triton" and out.is_contiguous():
         implementation("four_bit").dequantize_rows(weights, out)
         return
-    for weight, part in zip(weights.weights, out.split([w.shape[0] for w in weights.weights]), strict=True):
+    parts = torch.split(out, [weight.shape[0] for weight in weights.weights])
+    for weight, part in zip(weights.weights, parts, strict=True):
         dequantize_four_bit(weight, part)
 
 
