@@ -1,4 +1,4 @@
-"""The command line: list, plan, doctor, verify, export, demo. A user's mistake is one line and exit code 2."""
+"""The command line: list, plan, doctor, verify, quantize, export, demo. A mistake is one line and exit code 2."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ from . import __version__
 from .discovery import Plugins, plugins
 from .errors import nearest
 from .export.command import app as export
+from .quantization.command import quantize
 from .selection import VARIABLE, Selection, parse
 from .terminal import err, one_line, out
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(export, name="export")
+app.command()(quantize)
 
 Model = Annotated[str, typer.Option("--model", help="a folder, a config.json, or a hub id", show_default=False)]
 Select = Annotated[
