@@ -43,15 +43,15 @@ UNDERSTOOD = frozenset({
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-# In a quantised model's config.json, and in the adapters that began from what its 4 bits lost: of all fields that PEFT
-# saves again after training, `alpha_pattern` alone takes a name that is no module's.
+# In a quantised model's config.json, and in the adapters that began from what its 4 bits lost: there in a pattern of
+# `alpha_pattern`, which PEFT saves again after training and which may have an alternative that is no module's name.
 BASE_MARK = "sloth_plugins_base"
 
 
 def base_mark_of(config: Mapping[str, Any]) -> str | None:
     """The mark of the one base that an adapter's config belongs to, None where it may be any."""
-    names = [name for name in config.get("alpha_pattern") or {} if name.startswith(f"{BASE_MARK}_")]
-    return names[0].removeprefix(f"{BASE_MARK}_") if names else None
+    found = re.search(rf"\b{BASE_MARK}_([0-9a-f]+)", "|".join(config.get("alpha_pattern") or ()))
+    return found[1] if found else None
 
 
 class Adapter:

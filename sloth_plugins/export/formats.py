@@ -71,7 +71,7 @@ class FourBit(Rounded):
         from transformers import BitsAndBytesConfig
 
         values = {name: value for name, value in known.items() if name.startswith("bnb_4bit")} or NF4
-        values |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": torch.uint8}
+        values = values | {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": torch.uint8}
         self._config = BitsAndBytesConfig(**values, llm_int8_skip_modules=kept)
         self.quantization = self._config.to_dict()
 

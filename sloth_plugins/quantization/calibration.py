@@ -59,7 +59,8 @@ def calibrate(streamed: Streamed, rows: torch.Tensor, packing: Packing, work: Wo
     that were read; of an interrupted run what is there already.
     """
     last = len(streamed.layers)
-    begun = any(work.has(f"layer-{index}") for index in range(last))
+    # The way back has begun, and has forgotten the inputs that it needs no more.
+    begun = work.has(f"gradient-{last}") or any(work.has(f"layer-{index}") for index in range(last))
     hidden, calls = streamed.embed(rows)
     if not begun:
         work.write("input-0", {"hidden": hidden})
@@ -68,7 +69,7 @@ def calibrate(streamed: Streamed, rows: torch.Tensor, packing: Packing, work: Wo
         if not (begun or work.has(f"input-{index + 1}")):
             _forward(streamed, index, calls[index], work)
         advance(streamed.layer_bytes(index))
-    if not (begun or work.has(f"gradient-{last}")):
+    if not begun:
         work.write(f"gradient-{last}", {"gradient": _top_gradient(streamed, work.read(f"input-{last}")["hidden"])})
         work.drop(f"input-{last}")
     for index in reversed(range(last)):

@@ -120,7 +120,7 @@ def save_adapter(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted({linear.name.rpartition(".")[2] for linear in linears}),
-        alpha_pattern={f"{BASE_MARK}_{mark}": rank},
+        alpha_pattern={f"{linears[0].name}|{BASE_MARK}_{mark}": rank},
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     )
