@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
 from .decision import Decision
 
 
 def draw(decision: Decision, file: Path) -> None:
-    """One cell for each linear layer: its colour is what 4 bits cost there, a frame says that it stays in 16."""
+    """One cell for each linear layer: its colour is what 4 bits cost there, a frame says that it stays in 16.
+
+    Raises ImportError where there is no matplotlib.
+    """
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     linears = decision.measurement.linears
     kinds = list(dict.fromkeys(linear.name.split(f".{linear.layer}.", 1)[-1] for linear in linears))
     grid = np.full((len(kinds), 1 + max(linear.layer for linear in linears)), np.nan)

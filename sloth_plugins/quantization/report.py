@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ..report import columns
 from .decision import OUTLIER, Decision
 from .measuring import Measured
+from .picture import draw
 from .selection import grouped
 
 NAME = "quantization_report"
@@ -20,11 +22,8 @@ def write_report(decision: Decision, folder: Path, **facts: Any) -> None:
     """Write quantization_report.json, .txt and, where matplotlib is installed, .png into `folder`."""
     (folder / f"{NAME}.json").write_text(json.dumps(as_json(decision, **facts), indent=1) + "\n", encoding="utf-8")
     (folder / f"{NAME}.txt").write_text(text(decision) + "\n", encoding="utf-8")
-    try:
-        from .picture import draw
-    except ImportError:
-        return  # matplotlib is an extra, and the numbers are in the other two
-    draw(decision, folder / f"{NAME}.png")
+    with suppress(ImportError):  # matplotlib is an extra, and the numbers are in the other two
+        draw(decision, folder / f"{NAME}.png")
 
 
 def as_json(decision: Decision, **facts: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
 from ..errors import SlothError
 
@@ -55,15 +55,15 @@ def choose(choices: Sequence[Choice], budget: int) -> list[Choice]:
     unit = max(1, -(-budget // STEPS))
     worthy = [choice for choice in choices if choice.score > 0 and choice.extra <= budget]
     room = budget // unit
-    best = np.zeros(room + 1)
-    taken = np.zeros((len(worthy), room + 1), dtype=bool)
+    best = torch.zeros(room + 1, dtype=torch.float64)
+    taken = torch.zeros(len(worthy), room + 1, dtype=torch.bool)
     for row, choice in enumerate(worthy):
         size = -(-choice.extra // unit)
         if size > room:
             continue
         with_it = best[: room + 1 - size] + choice.score
         taken[row, size:] = with_it > best[size:]
-        best[size:] = np.maximum(best[size:], with_it)
+        best[size:] = torch.maximum(best[size:], with_it)
     found = []
     for row in reversed(range(len(worthy))):
         if taken[row, room]:

@@ -51,7 +51,7 @@ def test_the_builtin_text_is_the_same_each_time_and_is_text():
 )
 def test_text_that_does_not_do_is_one_line(tmp_path, content, said):
     (tmp_path / "text.txt").write_bytes(content)
-    with pytest.raises(SlothError, match="text.txt") as raised:
+    with pytest.raises(SlothError, match=r"text\.txt") as raised:
         calibration_rows(tokenizer(), tmp_path / "text.txt", 4, 32)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)

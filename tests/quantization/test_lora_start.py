@@ -101,7 +101,7 @@ def test_after_training_it_is_merged_with_its_own_base_alone(model, made, tmp_pa
     name = "model.layers.0.self_attn.o_proj.weight"
     assert merged.state_dict()[name].shape == (64, 64)
     assert both is not None
-    with pytest.raises(SlothError, match="was begun from the quantisation error of a 4-bit model that .* is not"):
+    with pytest.raises(SlothError, match=r"was begun from the quantisation error of a 4-bit model that .* is not"):
         merge(run, tmp_path / "wrong", base=model)
     assert not (tmp_path / "wrong").exists()
 
