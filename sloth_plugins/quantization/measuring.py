@@ -18,7 +18,7 @@ from ..errors import SlothError, nearest
 from ..export.formats import dtype_of
 from ..export.progress import progress
 from ..export.sources import cached, model_folder, tokenizer_folder
-from ..export.weights import open_weights
+from ..export.weights import Weights, open_weights
 from .calibration import SEED, Work, calibrate, layer_statistics
 from .packing import Packing
 from .statistics import SCORES
@@ -93,6 +93,8 @@ def measure(
     one decoder layer at a time. Partial results stay in the cache, so that an interrupted run goes on where it stopped.
     Raises SlothError for what the user must act on.
     """
+    from filelock import FileLock
+
     if score not in NAMES:
         raise SlothError(f"score {score!r} is not known{nearest(score, NAMES)}; there are {', '.join(NAMES)}")
     place = torch_device(device)
@@ -104,6 +106,15 @@ def measure(
     packing = Packing(dtype=dtype_of(dtype, weights.config))
     inputs = _inputs(folder, rows, packing, place)
     work = Work(cache_folder(cache) / inputs)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    # Of processes that load the same model side by side one measures, and the others wait for it.
+    with FileLock(work.folder.with_suffix(".lock")):
+        return _measure(weights, rows, packing, place, score, work)
+
+
+def _measure(
+    weights: Weights, rows: torch.Tensor, packing: Packing, place: torch.device, score: str, work: Work
+) -> Measurement:
     found = _read(work)
     if found is not None and (score != TRUTH or TRUTH in found.linears[0].scores):
         return found
