@@ -49,6 +49,7 @@ class Streamed:
         self.linears = [self._linears(index) for index in range(len(self.layers))]
         """The plain linear layers of each decoder layer, in the order of its modules."""
         inside = {linear.name for row in self.linears for linear in row}
+        self._in_tuples = False
         self.outside = sorted(
             name for name, module in self.model.named_modules() if type(module) is nn.Linear and name not in inside
         )
@@ -91,10 +92,11 @@ class Streamed:
         """
         calls: list[Call] = []
         hidden = []
-        with self._outer(), _standing_in(self.layers, _recorder(calls)), torch.no_grad():
+        with self._outer(), torch.no_grad():
+            self._in_tuples = self._expects_tuples(rows[0])
             for row in rows:
                 calls.clear()
-                self._decoder()(input_ids=row[None].to(self.device), use_cache=False)
+                self._run_recorded(row, calls, self._in_tuples)
                 hidden.append(calls[0][0][0].to(self.dtype).cpu())
         return torch.cat(hidden), [(args[1:], kwargs) for args, kwargs in calls]
 
@@ -105,6 +107,27 @@ class Streamed:
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
+    def _run_recorded(self, row: torch.Tensor, calls: list[Call], in_tuples: bool) -> None:
+        """The model's own forward, on layers that note how they are called and all give what the first one gets."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not args:
+                args = (kwargs.pop("hidden_states"),)
+            calls.append((args, kwargs))
+            first = calls[0][0][0]
+            return (first,) if in_tuples else first
+
+        with _standing_in(self.layers, forward):
+            self._decoder()(input_ids=row[None].to(self.device), use_cache=False)
+
+    def _expects_tuples(self, row: torch.Tensor) -> bool:
+        """Whether layers give tuples, as those of some families did: the norm above them takes no tuple as it is."""
+        try:
+            self._run_recorded(row, [], True)
+        except (AttributeError, TypeError):
+            return False
+        return True
+
     @contextmanager
     def top(self) -> Iterator[Any]:
         """A function from the last layer's output [1, tokens, width] to logits in fp32 [tokens, vocabulary]."""
@@ -112,9 +135,9 @@ class Streamed:
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             # The model's own forward, with its softcap or scale, on layers that only pass the result on.
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            with _standing_in(self.layers, lambda *args, **kwargs: hidden):
+            with _standing_in(self.layers, lambda *args, **kwargs: (hidden,) if self._in_tuples else hidden):
                 out: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-            return out.float().flatten(0, -2)  # where layers give tuples upstream has taken the first of one
+            return out.float().flatten(0, -2)
 
         with self._outer(head=True):
             yield logits
@@ -189,18 +212,6 @@ def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     if not best or not size(best):
         raise SlothError(f"{type(model).__name__} has no list of decoder layers with plain linear layers to quantise")
     return best, lists[best]
-
-
-def _recorder(calls: list[Call]) -> Any:
-    """A layer's forward that notes how it is called; all layers give what the first one gets."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not args:
-            args = (kwargs.pop("hidden_states"),)
-        calls.append((args, kwargs))
-        return calls[0][0][0]
-
-    return forward
 
 
 @contextmanager
