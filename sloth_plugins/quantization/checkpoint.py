@@ -1,4 +1,4 @@
-"""A model quantised as was decided, in a folder that stock transformers, PEFT, TRL and vLLM load."""
+"""A model quantised as was decided, in a folder that stock transformers, PEFT and TRL load."""
 
 from __future__ import annotations
 

@@ -56,4 +56,4 @@ def quantize(
             err.print("sloth-plugins: stopped; the same command goes on from there", markup=False)
             raise
     out.print(text(made.decision), markup=False)
-    out.print(f"{folder}: for transformers, PEFT, TRL and vLLM", markup=False)
+    out.print(f"{folder}: written", markup=False)
