@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import skip_lists
 import trainers
 from lock import changed_code
 from verdicts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Cell, Training, gradient_distance, lora
@@ -162,12 +163,13 @@ def check_revert(cell: Cell, build: Callable[[], Any], selection: str) -> None:
 
 
 def cell_names(plugins: Any) -> list[tuple[str, str, str]]:
-    """(architecture, model type, patch) of every cell; a trainer spec stands for both. Needs no torch."""
+    """(architecture, model type, patch) of every cell; a trainer spec stands for both, and so does what is no patch."""
     found = []
     for name, spec in plugins.architectures.items():
         patches = [patch.name for patch in plugins.patches(name)]
         found += [(name, kind, patch) for kind in spec.model_types for patch in (*patches, TOGETHER)]
-    return found + [(name, name, patch.name) for name, spec in plugins.trainers.items() for patch in spec.patches]
+    found += [(name, name, patch.name) for name, spec in plugins.trainers.items() for patch in spec.patches]
+    return [*found, (skip_lists.KIND, skip_lists.KIND, skip_lists.NAME)]
 
 
 class Matrix:
@@ -206,6 +208,9 @@ class Matrix:
         from sloth_plugins.registry import Experimental
         from sloth_plugins.testing import tiny_model
 
+        if architecture == skip_lists.KIND:
+            skip_lists.run(cell)
+            return
         if architecture in self.plugins.trainers:
             trainers.run(cell, self.plugins.trainers[architecture], name)
             return

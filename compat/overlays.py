@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "compat"
 # compatibility.json is made of upstream.lock, which counts, and of results, which must not.
-PROGRAMS = ("cells", "lock", "trainers", "verdicts")
+PROGRAMS = ("cells", "lock", "skip_lists", "trainers", "verdicts")
 SOURCES = ("sloth_plugins", "registry", "patches", "pyproject.toml", *(f"compat/{name}.py" for name in PROGRAMS))
 
 Pin = dict[str, Any]

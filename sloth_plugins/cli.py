@@ -11,6 +11,7 @@ from .bench.command import bench
 from .discovery import Plugins, plugins
 from .errors import nearest
 from .export.command import app as export
+from .quantization.command import quantize
 from .selection import VARIABLE, Selection, parse
 from .statistics.command import stats
 from .terminal import err, one_line, out
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(export, name="export")
 app.command()(stats)
 app.command()(bench)
+app.command()(quantize)
 
 Model = Annotated[str, typer.Option("--model", help="a folder, a config.json, or a hub id", show_default=False)]
 Select = Annotated[

@@ -52,6 +52,10 @@ LAYERS = {
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
     "patches": ({"sloth_plugins.registry", "sloth_plugins.patches.conventions"}, HEAVY | {"sloth_plugins"}),
+    "sloth_plugins/quantization": (
+        {"torch", "typer", "sloth_plugins"},
+        {"sloth_plugins.patches", "sloth_plugins.registry", "unsloth", "liger_kernel"},
+    ),
     "sloth_plugins": (
         {"sloth_plugins", "pluggy", "packaging", "typer", "rich", "torch"},
         {"sloth_plugins.patches", "unsloth", "liger_kernel"},

@@ -43,6 +43,17 @@ UNDERSTOOD = frozenset({
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+# In a quantised model's config.json, and in the adapters that began from what its 4 bits lost: there in a pattern of
+# `alpha_pattern`, which PEFT saves again after training and which may have an alternative that is no module's name.
+BASE_MARK = "sloth_plugins_base"
+
+
+def base_mark_of(config: Mapping[str, Any]) -> str | None:
+    """The mark of the one base that an adapter's config belongs to, None where it may be any."""
+    found = re.search(rf"\b{BASE_MARK}_([0-9a-f]+)", "|".join(config.get("alpha_pattern") or ()))
+    return found[1] if found else None
+
+
 class Adapter:
     """The folder of one LoRA adapter."""
 
@@ -66,6 +77,7 @@ class Adapter:
             elif not COPIES.search(key):
                 _at(found, WRAPPERS.sub(".", key)).value = tensor
         shapes = base.shapes()
+        self._must_be_its_base(base)
         self._must_be_whole(base, lora)
         names = self._names(base, [*found, *(f"{module}.weight" for module in lora)])
         found = {names.get(name, name): change for name, change in found.items()}
@@ -81,6 +93,15 @@ class Adapter:
             if first in found and found[first].rows and second not in found:
                 found[second] = Change(rows=found[first].rows)
         return found
+
+    def _must_be_its_base(self, base: Base) -> None:
+        """Raise SlothError where the adapter began as what the 4 bits of another base had lost."""
+        known = base_mark_of(self.config)
+        if known is not None and getattr(base.config, BASE_MARK, None) != known:
+            raise SlothError(
+                f"{self.folder} was begun from the quantisation error of a 4-bit model that {base.name} is not; "
+                "name the folder that `sloth-plugins quantize` wrote with it (--base, base=)"
+            )
 
     def _must_be_whole(self, base: Base, lora: Iterable[str]) -> None:
         """Raise SlothError where `target_modules` names modules of further layers of the base that are not here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,16 +48,30 @@ class Rounded:
 class FourBit(Rounded):
     """The weights of linear layers in 4 bits as bitsandbytes stores them, the rest rounded."""
 
-    def __init__(self, base: Base, config: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        base: Base,
+        config: Any,
+        dtype: torch.dtype,
+        *,
+        skip: Sequence[str] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`skip` are the paths of modules that stay as they are, else those of the base; quantised on `device`."""
         super().__init__(dtype)
         linear, head = _linear_layers(config)
-        self._chosen = (base.quantised or linear.keys() - head) & linear.keys()
-        kept = sorted(layer for name, layer in linear.items() if name not in self._chosen)
+        if skip is None:
+            self._chosen = (base.quantised or linear.keys() - head) & linear.keys()
+            kept = sorted(layer for name, layer in linear.items() if name not in self._chosen)
+        else:
+            self._chosen = {name for name, layer in linear.items() if layer not in skip}
+            kept = list(skip)
+        self._device = device or torch.device("cpu")
         known = base.quantization if base.quantization and base.quantization.get("load_in_4bit") else {}
         from transformers import BitsAndBytesConfig
 
         values = {name: value for name, value in known.items() if name.startswith("bnb_4bit")} or NF4
-        values |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": torch.uint8}
+        values = values | {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": torch.uint8}
         self._config = BitsAndBytesConfig(**values, llm_int8_skip_modules=kept)
         self.quantization = self._config.to_dict()
 
@@ -74,12 +89,13 @@ class FourBit(Rounded):
         if name not in self._chosen:
             return stored
         packed, state = quantize_4bit(
-            stored[name],
+            stored[name].to(self._device),
             blocksize=64,
             compress_statistics=self._config.bnb_4bit_use_double_quant,
             quant_type=self._config.bnb_4bit_quant_type,
         )
-        return {name: packed} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+        parts = {name: packed} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+        return {part: value.cpu() for part, value in parts.items()}
 
 
 def dtype_of(name: str | torch.dtype | None, config: Any) -> torch.dtype:

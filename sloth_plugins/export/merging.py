@@ -70,16 +70,16 @@ def merge(
     writing.check_target(out, [*folders, *given], force=force)
     dtype = dtype_of(dtype, weights.config)
     form = FourBit(weights.base, weights.config, dtype) if method == "merged_4bit" else Rounded(dtype)
-    layout = _layout(weights, form, shard_bytes)
+    layout = layout_of(weights, form, shard_bytes)
     place = tokenizer_folder(source, base) if folders and isinstance(source, str | Path) else weights.base.folder
     if tokenizer is None:
         require_same_rows(place, weights.base.folder, weights)
     card = card_of(source, method.replace("_", ", "), datasets=datasets)
-    inputs = _inputs(folders, layout, method, dtype) if isinstance(source, str | Path) else None
+    inputs = inputs_of(folders, layout, method, dtype) if isinstance(source, str | Path) else None
     with writing.Staged(out, inputs).open() as folder:
-        files = _write_shards(weights, form, layout, folder)
-        _write_index(files, folder)
-        _write_config(weights, form, dtype, folder)
+        files = write_shards(weights, form, layout, folder)
+        write_index(files, folder)
+        write_config(weights, form, dtype, folder)
         save_tokenizer(tokenizer, place, folder)
         card.save(folder / CARD)
     return out
@@ -92,7 +92,7 @@ def save_pretrained_merged(
     return merge(model, save_directory, tokenizer, method=save_method, **options)
 
 
-def _layout(weights: Merged, form: Rounded, shard_bytes: int) -> dict[str, list[str]]:
+def layout_of(weights: Merged, form: Rounded, shard_bytes: int) -> dict[str, list[str]]:
     """File names with the tensors that each holds."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -103,20 +103,24 @@ def _layout(weights: Merged, form: Rounded, shard_bytes: int) -> dict[str, list[
     return dict(split.filename_to_tensors)
 
 
-def _inputs(folders: list[Path], layout: Mapping[str, list[str]], method: str, dtype: torch.dtype) -> dict[str, object]:
+def inputs_of(
+    folders: list[Path], layout: Mapping[str, list[str]], method: str, dtype: torch.dtype
+) -> dict[str, object]:
     """What a shard is made of. Another run of the same writes the same bytes."""
     files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".safetensors", ".json"))
     read = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     return {"read": read, "layout": dict(layout), "method": method, "dtype": str(dtype), "version": __version__}
 
 
-def _write_shards(weights: Merged, form: Rounded, layout: Mapping[str, list[str]], folder: Path) -> dict[str, Path]:
+def write_shards(
+    weights: Merged, form: Rounded, layout: Mapping[str, list[str]], folder: Path, text: str = "merging"
+) -> dict[str, Path]:
     """Each stored tensor's name with its file. Shards that an earlier run completed are kept."""
     shapes = weights.shapes()
     sizes = {name: _bytes(form.like(name, shape)) for name, shape in shapes.items()}
     missing = [file for file, names in layout.items() if not writing.holds(folder / file, names)]
     writing.check_space(folder, sum(sizes[name] for file in missing for name in layout[file]))
-    with progress("merging", sum(sizes.values())) as advance:
+    with progress(text, sum(sizes.values())) as advance:
         for file, names in layout.items():
             if file not in missing:
                 advance(sum(sizes[name] for name in names))
@@ -129,7 +133,8 @@ def _write_shards(weights: Merged, form: Rounded, layout: Mapping[str, list[str]
     return {name: folder / file for file in layout for name in writing.names_in(folder / file)}
 
 
-def _write_index(files: Mapping[str, Path], folder: Path) -> None:
+def write_index(files: Mapping[str, Path], folder: Path) -> None:
+    """Where several shards hold the tensors, the file that says which has which."""
     shards = set(files.values())
     if shards == {folder / SINGLE}:
         return
@@ -141,7 +146,8 @@ def _write_index(files: Mapping[str, Path], folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(weights: Merged, form: Rounded, dtype: torch.dtype, folder: Path) -> None:
+def write_config(weights: Merged, form: Rounded, dtype: torch.dtype, folder: Path) -> None:
+    """config.json, with the form's quantisation, and the base's generation_config.json."""
     config = weights.config
     config.dtype = dtype
     if form.quantization is not None:

@@ -34,13 +34,15 @@ OF_TRANSFORMERS = (
 )
 _UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 DTYPES = ("bfloat16", "float16", "float32")
+# `load_in_4bit="dynamic"`, and with a budget behind it "dynamic:20%".
+DYNAMIC = "dynamic"
 
 
 def load(
     model_name: str,
     max_seq_length: int | None,
     dtype: torch.dtype | str | None,
-    load_in_4bit: bool,
+    load_in_4bit: bool | str,
     load_in_8bit: bool,
     full_finetuning: bool,
     *,
@@ -53,6 +55,9 @@ def load(
     """As `FastLanguageModel.from_pretrained`."""
     from transformers import AutoTokenizer, set_seed
 
+    if isinstance(load_in_4bit, str) and load_in_4bit.partition(":")[0] != DYNAMIC:
+        near = nearest(load_in_4bit, (DYNAMIC,))
+        raise SlothError(f'load_in_4bit={load_in_4bit!r} is not True, False, "{DYNAMIC}" or "{DYNAMIC}:20%"{near}')
     if load_in_4bit and load_in_8bit:
         raise SlothError("load_in_4bit and load_in_8bit are both set; choose one")
     if full_finetuning and (load_in_4bit or load_in_8bit):
@@ -138,7 +143,7 @@ def _tokenizer_place(name: str, model: Any) -> str:
     return name
 
 
-def _load(name: str, load_in_4bit: bool, load_in_8bit: bool, options: dict[str, Any]) -> Any:
+def _load(name: str, load_in_4bit: bool | str, load_in_8bit: bool, options: dict[str, Any]) -> Any:
     from peft import AutoPeftModelForCausalLM, PeftConfig
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -155,8 +160,9 @@ def _load(name: str, load_in_4bit: bool, load_in_8bit: bool, options: dict[str, 
     if options.get("rope_scaling"):
         options = {**options, **_rope(config, options["rope_scaling"])}
     if quantised is None and (load_in_4bit or load_in_8bit):
-        options = {**options, "quantization_config": _bits(load_in_4bit, options["dtype"])}
-    elif quantised is not None and not _is(quantised, load_in_4bit, load_in_8bit):
+        config = _dynamic(base, load_in_4bit, options) if isinstance(load_in_4bit, str) else None
+        options = {**options, "quantization_config": config or _bits(bool(load_in_4bit), options["dtype"])}
+    elif quantised is not None and not _is(quantised, bool(load_in_4bit), load_in_8bit):
         say(f"{name} is quantised already ({_described(quantised)}), and is loaded as it is")
     if is_adapter:
         return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
@@ -165,7 +171,6 @@ def _load(name: str, load_in_4bit: bool, load_in_8bit: bool, options: dict[str, 
 
 def _bits(four: bool, dtype: Any) -> Any:
     """bitsandbytes' NF4 with double quantisation, or its int8."""
-    import torch
     from transformers import BitsAndBytesConfig
 
     if not four:
@@ -174,8 +179,30 @@ def _bits(four: bool, dtype: Any) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype if isinstance(dtype, torch.dtype) else choose_dtype(None),
+        bnb_4bit_compute_dtype=_compute_dtype(dtype),
     )
+
+
+def _dynamic(base: str, asked: str, options: dict[str, Any]) -> Any:
+    """NF4 but for the linear layers that it costs most, measured on the model itself, which the Hub is asked for."""
+    from ..quantization.decision import BUDGET, dynamic_config
+
+    if not Path(base).exists():
+        from huggingface_hub import snapshot_download
+
+        hub = {key: options[key] for key in ("token", "revision", "cache_dir") if key in options}
+        base = snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"], **hub)
+    found = dynamic_config(base, budget=asked.partition(":")[2] or BUDGET)
+    found.bnb_4bit_compute_dtype = _compute_dtype(options["dtype"])
+    return found
+
+
+def _compute_dtype(dtype: Any) -> torch.dtype:
+    """What is computed in where the weights are in `dtype`, which may be "auto"."""
+    import torch
+
+    found: torch.dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(None)
+    return found
 
 
 def _rope(config: Any, scaling: dict[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def test_a_checkpoint_that_is_quantised_already(tiny, tmp_path, capsys):
     [
         ({"load_in_4bit": True, "load_in_8bit": True}, "choose one"),
         ({"load_in_4bit": True, "full_finetuning": True}, "full_finetuning trains all weights"),
+        ({"load_in_4bit": "dynamc"}, "did you mean 'dynamic'?"),
+        ({"load_in_4bit": "dynamic:much"}, "much"),
         ({"dtype": "bfloat61"}, "did you mean 'bfloat16'?"),
         ({"full_finetuning": True, "use_gradient_checkpointing": "usloth"}, "did you mean 'unsloth'?"),
     ],

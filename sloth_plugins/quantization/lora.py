@@ -1,0 +1,149 @@
+"""A LoRA adapter that begins as the low-rank part of what quantisation has lost, instead of as nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import SlothError, nearest
+from ..export.adapter import BASE_MARK, CONFIG, TENSORS, base_mark_of
+from ..export.progress import progress
+from ..export.weights import Weights
+from .calibration import Work
+from .packing import Packing
+
+if TYPE_CHECKING:
+    from .measuring import Measured
+
+INITS = ("qera", "svd", "loftq")
+ADAPTER = "adapter"
+"""The adapter's folder within that of its base."""
+LOFTQ_ROUNDS = 5
+OVERSAMPLING = 16
+
+
+def check_init(init: str | None, rank: int) -> None:
+    """Raise SlothError for an initialisation that there is not, or a rank below 1."""
+    if init is not None and init not in INITS:
+        raise SlothError(f"init {init!r} is not known{nearest(init, INITS)}; there are {', '.join(INITS)}")
+    if rank < 1:
+        raise SlothError(f"rank {rank} is no rank of an adapter; 16 is usual")
+
+
+def initialise(
+    weights: Weights,
+    linears: list[Measured],
+    inputs: Mapping[str, torch.Tensor],
+    init: str,
+    rank: int,
+    packing: Packing,
+    device: torch.device,
+    work: Work,
+) -> None:
+    """Leave `lora-INIT-RANK/PATH` in `work` for each of `linears`, which are those in 4 bits; done ones are kept.
+
+    A file has `A` [rank, columns] and `B` [rows, rank], fp32, whose product is what is added to the 4-bit weight, and
+    `shift`, of both shapes: what was subtracted from the weight before it was quantised, which is not zero for loftq
+    alone. "svd" is the best approximation of W - Q in rank r; "qera" that of its effect on inputs with the mean squares
+    of `inputs` (QERA-approx, Zhang et al. 2024, arXiv:2410.06040, theorem 2 with diagonal covariance); "loftq" takes
+    turns between quantising W - BA and the approximation of what is left (Li et al. 2023, arXiv:2310.08659).
+    """
+    with progress("initialising adapters", sum(linear.plain_bytes for linear in linears)) as advance:
+        for linear in linears:
+            name = stored_name(init, rank, linear.name)
+            if not work.has(name):
+                weight = weights.read(linear.weight).to(device, torch.float32)
+                scale = inputs[linear.name].to(device).sqrt() if init == "qera" else torch.ones_like(weight[0])
+                work.write(name, _factors(weight, scale, rank, packing, LOFTQ_ROUNDS if init == "loftq" else 1))
+            advance(linear.plain_bytes)
+
+
+def stored_name(init: str, rank: int, path: str) -> str:
+    """What `initialise` calls its file for a linear layer."""
+    return f"lora-{init}-{rank}/{path}"
+
+
+def _factors(
+    weight: torch.Tensor, scale: torch.Tensor, rank: int, packing: Packing, rounds: int
+) -> dict[str, torch.Tensor]:
+    rows, columns = weight.shape
+    down, up = weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
+    for _ in range(rounds):
+        shift_down, shift_up = down, up
+        moved = torch.addmm(weight, up, down, alpha=-1)
+        lost = weight - packing.pack(moved).dequantised(weight)
+        down, up = _low_rank(lost, scale, rank)
+    return {"A": down, "B": up, "shift.A": shift_down, "shift.B": shift_up}
+
+
+def _low_rank(lost: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, columns] and B [rows, rank] that minimise the Frobenius norm of (lost - BA) diag(scale)."""
+    # An input that never was anything else than zero has no say; a little of the mean keeps its column finite.
+    scale = scale.clamp_min(1e-4 * float(scale.mean()))
+    wanted = min(rank, *lost.shape)
+    torch.manual_seed(0)
+    left, values, right = torch.svd_lowrank(lost * scale, q=min(wanted + OVERSAMPLING, *lost.shape), niter=4)
+    roots = values[:wanted].sqrt()
+    down = lost.new_zeros(rank, lost.shape[1])
+    up = lost.new_zeros(lost.shape[0], rank)
+    down[:wanted] = roots[:, None] * right.T[:wanted] / scale
+    up[:, :wanted] = left[:, :wanted] * roots
+    return down, up
+
+
+def save_adapter(
+    folder: Path, base: Path, mark: str, linears: list[Measured], kept: set[str], work: Work, init: str, rank: int
+) -> None:
+    """A PEFT adapter for all `linears` in `folder`, which names `base` and carries its mark.
+
+    The layers of `kept`, in 16 bits, have nothing to cancel and begin as PEFT has it: A random and B zero.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for linear in linears:
+        place = f"base_model.model.{linear.name}"
+        if linear.name in kept:
+            bound = linear.columns**-0.5  # kaiming_uniform_ with a = sqrt(5)
+            tensors[f"{place}.lora_A.weight"] = (torch.rand(rank, linear.columns, generator=generator) * 2 - 1) * bound
+            tensors[f"{place}.lora_B.weight"] = torch.zeros(linear.rows, rank)
+        else:
+            factors = work.read(stored_name(init, rank, linear.name))
+            tensors[f"{place}.lora_A.weight"] = factors["A"]
+            tensors[f"{place}.lora_B.weight"] = factors["B"]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted({linear.name.rpartition(".")[2] for linear in linears}),
+        alpha_pattern={f"{linears[0].name}|{BASE_MARK}_{mark}": rank},
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
+    )
+    folder.mkdir()
+    config.save_pretrained(folder)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def load_with_adapter(folder: str | Path, **options: Any) -> Any:
+    """The 4-bit model in `folder` with the adapter that was made for it, a PeftModel ready to train.
+
+    `options` go to `AutoModelForCausalLM.from_pretrained`. Raises SlothError where the two are not of one making.
+    """
+    import json
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    if not (folder / ADAPTER / CONFIG).is_file():
+        raise SlothError(f"{folder} has no {ADAPTER}; write it by `sloth-plugins quantize --lora-init qera`")
+    mark = base_mark_of(json.loads((folder / ADAPTER / CONFIG).read_text(encoding="utf-8")))
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if mark is None or getattr(model.config, BASE_MARK, None) != mark:
+        raise SlothError(f"{folder / ADAPTER} was not made for the model in {folder}; quantise it again")
+    return PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True)
