@@ -204,10 +204,10 @@ def build(kind: type, folder: str, *, adapters: bool, legacy: bool = False) -> A
     )
 
 
-def globals_of_trl() -> dict[tuple[str, str], int]:
-    """Every function and class that TRL's modules hold, by identity."""
+def globals_of_trl() -> dict[tuple[str, str], Any]:
+    """Every function and class that TRL's modules hold; held here, lest another comes to lie where one was."""
     return {
-        (name, key): id(value)
+        (name, key): value
         for name, module in list(sys.modules.items())
         if name.partition(".")[0] == "trl"
         for key, value in list(vars(module).items())
@@ -359,6 +359,6 @@ def check_training(cell: Cell, kind: type, selection: str, *, adapters: bool) ->
         if any(patched_modules(trainer.model)) or type(trainer) is not kind:
             cell.fail("revert", f"the trainer is not what it was {what}")
         after = globals_of_trl()
-        changed = [".".join(key) for key in before if after.get(key, before[key]) != before[key]]
+        changed = [".".join(key) for key in before if after.get(key, before[key]) is not before[key]]
         if changed:
             cell.fail("revert", f"{', '.join(changed[:3])} of TRL changed {what}")
