@@ -12,10 +12,19 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .activation import activate, deactivate
     from .errors import SlothError
-    from .loading import FastLanguageModel
+    from .loading import FastLanguageModel, is_bfloat16_supported
     from .patching import patch, revert
 
-__all__ = ["FastLanguageModel", "SlothError", "__version__", "activate", "deactivate", "patch", "revert"]
+__all__ = [
+    "FastLanguageModel",
+    "SlothError",
+    "__version__",
+    "activate",
+    "deactivate",
+    "is_bfloat16_supported",
+    "patch",
+    "revert",
+]
 
 _HOME = {
     "activate": "activation",
@@ -24,6 +33,7 @@ _HOME = {
     "revert": "patching",
     "SlothError": "errors",
     "FastLanguageModel": "loading",
+    "is_bfloat16_supported": "loading",
 }
 
 

@@ -85,9 +85,13 @@ def adapted(given: argparse.Namespace, dtype: str) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
         )
         place = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+        path = Path(given.model).expanduser()
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                given.model, dtype=getattr(torch, dtype), quantization_config=nf4, device_map=place
+                path.parent if path.is_file() else given.model,
+                dtype=getattr(torch, dtype),
+                quantization_config=nf4,
+                device_map=place,
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]

@@ -133,6 +133,8 @@ def _mask(dataset: Any, answers: Answers, name: str, processes: int | None) -> A
         _must_be(example, dataset, answers, name)
         say(f"{name} data, streaming: loss on the answers alone. {_shown(example, answers)}")
         return masked.filter(_has_answer).remove_columns([TRAINED, ALL])
+    if not len(dataset):
+        _must_be(None, dataset, answers, name)
     masked = dataset.map(answers.labels, num_proc=processes, desc=f"Answers of the {name} data")
     counts = masked.with_format("numpy", columns=[TRAINED, ALL])[:]
     kept = counts[TRAINED].nonzero()[0]
@@ -160,7 +162,8 @@ def _must_be(example: Any, dataset: Any, answers: Answers, name: str) -> None:
     response = "" if answers.markers is None else answers.markers.response.encode("latin-1").decode("utf-8", "replace")
     raise SlothError(
         f"nothing of the {name} data would be trained on: {response!r} begins no answer; the first row reads {text}; "
-        "give instruction_part and response_part as your text has them"
+        "give instruction_part and response_part as your text has them, or give a larger max_length, if rows are cut "
+        "before their answers"
     )
 
 

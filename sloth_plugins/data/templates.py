@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,15 +68,23 @@ TEMPLATES = {
 }
 
 
-def get_chat_template(tokenizer: Any, chat_template: str = "chatml", model: Any = None) -> Any:
+def get_chat_template(
+    tokenizer: Any, chat_template: str = "chatml", model: Any = None, mapping: Mapping[str, str] | None = None
+) -> Any:
     """The tokenizer with the named chat template, if it had none; what ends a turn becomes its EOS.
 
     A tokenizer that has a chat template keeps it, since its model was trained by it, and a line says so where the
     named one writes otherwise; `trl.clone_chat_template` gives a model another one. Tokens that the vocabulary lacks
     are added if `model` is given, which then gets rows for them (by TRL); these must be trained too.
 
-    Raises SlothError for an unknown name, and for lacking tokens without a model.
+    Raises SlothError for an unknown name, for lacking tokens without a model, and for a `mapping` of role and content
+    to other names, which rows are to have none of (`standardize_sharegpt`).
     """
+    if any(name != given for name, given in (mapping or {}).items()):
+        raise SlothError(
+            f"mapping={dict(mapping or {})}: a chat template reads role and content; standardize_sharegpt(dataset) "
+            "makes role, content, user and assistant of other names"
+        )
     found = _named(chat_template)
     jinja = found.jinja or _of_trl(found.trl)
     if getattr(tokenizer, "chat_template", None):

@@ -28,8 +28,9 @@ def model_folder(folder: Path) -> Path:
 
 def _model_folder(folder: Path) -> Path:
     if not folder.is_dir():
-        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise SlothError(f"{folder} is no folder{nearest(folder.name, siblings)}")
+        siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        known = [path.name for path in siblings if path.is_dir()]
+        raise SlothError(f"{folder} is no folder{nearest(folder.name, known)}")
     if _holds_a_model(folder):
         return folder
     steps = {int(match[1]): path for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
@@ -46,6 +47,8 @@ def _instead(folder: Path) -> str:
     below = sorted(path.name for path in folder.iterdir() if path.is_dir() and _holds_a_model(path))
     if below:
         return f"it is in {', '.join(str(folder / name) for name in below[:3])}, which can be exported"
+    if made := next(folder.glob("*.gguf"), None):
+        return f"{made.name} is made for llama.cpp and Ollama; name the checkpoint that it was made of"
     return f"neither {ADAPTER} nor {SINGLE}, nor a checkpoint-N folder with either"
 
 

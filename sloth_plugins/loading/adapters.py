@@ -38,9 +38,10 @@ def adapt(
         raise SlothError(
             f"get_peft_model() has no option {unknown!r}, nor has PEFT's LoraConfig{nearest(unknown, known)}"
         )
+    given = {**given, "target_modules": given["target_modules"] or "all-linear"}
     given = {**given, **_whole_modules(given), **_loftq(model, loftq)}
     _say_what_is_not_there(model, given["target_modules"])
-    config = LoraConfig(task_type="CAUSAL_LM", **given)
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", **given})
     if random_state is not None:
         set_seed(random_state)
     adapted = get_peft_model(model, config)

@@ -37,22 +37,23 @@ class FastLanguageModel:
         `max_seq_length`, in tokens, is what the tokenizer cuts at where it is asked to; the model computes any length.
 
         `rope_scaling` replaces the config's; `random_state` seeds all generators; `tokenizer_name`,
-        `resize_model_vocab` (tokens) and, for full fine-tuning, `use_gradient_checkpointing` are known too. Others go
-        to transformers' `from_pretrained`, but for those of other loaders that mean nothing here, which one line names.
+        `resize_model_vocab` (tokens) and, for full fine-tuning and for an adapter, `use_gradient_checkpointing` are
+        known too. Others go to transformers' `from_pretrained`, but for those of other loaders that mean nothing here,
+        which one line names.
         Raises `SlothError` for a model that is not there, or for what cannot be combined.
         """
         from .checkpointing import terms
         from .pretrained import load
 
-        # Of what is frozen, the adapters' own call says it.
-        activate_unless_chosen(terms(options.get("use_gradient_checkpointing")) if full_finetuning else "")
+        terms(options.get("use_gradient_checkpointing"))  # a misspelt one is told before anything is loaded
+        activate_unless_chosen()
         return load(model_name, max_seq_length, dtype, load_in_4bit, load_in_8bit, full_finetuning, **options)
 
     @staticmethod
     def get_peft_model(
         model: Any,
         r: int = 16,
-        target_modules: str | Sequence[str] = "all-linear",
+        target_modules: str | Sequence[str] | None = "all-linear",
         lora_alpha: int = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",

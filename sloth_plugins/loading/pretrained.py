@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..activation import activate_unless_chosen
 from ..errors import SlothError, nearest
 from ..processes import say
 from .attached import attach
-from .checkpointing import set_checkpointing
+from .checkpointing import set_checkpointing, terms
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 IGNORED = (
     *("fast_inference", "gpu_memory_utilization", "max_lora_rank", "float8_kv_cache", "disable_log_stats"),
     *("fix_tokenizer", "use_exact_model_name", "unsloth_vllm_standby", "offload_embedding", "load_in_16bit"),
+    *("load_in_fp8", "qat_scheme", "float32_mixed_precision", "unsloth_tiled_mlp"),
 )
 NOT_QUANTISED = "full_finetuning trains all weights, which quantised ones do not"
 # Those of transformers' that are likely meant by a misspelt one.
@@ -50,14 +53,18 @@ def load(
     random_state: int | None = None,
     resize_model_vocab: int | None = None,
     use_gradient_checkpointing: bool | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> tuple[Any, Any]:
     """As `FastLanguageModel.from_pretrained`."""
-    from transformers import AutoTokenizer, set_seed
+    from peft import PeftModel
+    from transformers import set_seed
 
     if isinstance(load_in_4bit, str) and load_in_4bit.partition(":")[0] != DYNAMIC:
         near = nearest(load_in_4bit, (DYNAMIC,))
         raise SlothError(f'load_in_4bit={load_in_4bit!r} is not True, False, "{DYNAMIC}" or "{DYNAMIC}:20%"{near}')
+    if dtype is not None and torch_dtype is not None:
+        raise SlothError(f"torch_dtype is the older name of dtype, and both are set ({torch_dtype}, {dtype}); give one")
     if load_in_4bit and load_in_8bit:
         raise SlothError("load_in_4bit and load_in_8bit are both set; choose one")
     if full_finetuning and (load_in_4bit or load_in_8bit):
@@ -68,7 +75,7 @@ def load(
     if random_state is not None:
         set_seed(random_state)
     name = _place(model_name)
-    options = {**options, "dtype": choose_dtype(dtype)}
+    options = {**options, "dtype": choose_dtype(torch_dtype if dtype is None else dtype)}
     if "device_map" not in options and (own := _device_map()) is not None:
         options["device_map"] = own
     try:
@@ -80,10 +87,12 @@ def load(
             raise
         near = nearest(unknown[1], [*inspect.signature(load).parameters, *OF_TRANSFORMERS])
         raise SlothError(f"from_pretrained() has no option {unknown[1]!r}, nor has the model{near}") from None
+    except OSError as error:
+        raise _cannot_load(name, error) from None
     if full_finetuning and getattr(model, "is_quantized", False):
         raise SlothError(f"{NOT_QUANTISED}, and {name} is a quantised checkpoint; load the one that it was made of")
     hub = {key: options[key] for key in ("token", "revision", "trust_remote_code", "cache_dir") if key in options}
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or _tokenizer_place(name, model), **hub)
+    tokenizer = _tokenizer(tokenizer_name or _tokenizer_place(name, model), hub)
     if max_seq_length is not None:
         tokenizer.model_max_length = max_seq_length
         _say_if_too_long(model, max_seq_length)
@@ -91,6 +100,9 @@ def load(
         model.resize_token_embeddings(resize_model_vocab)
     if full_finetuning:
         model.requires_grad_(True)
+    # Of a model that has yet to get its adapters, their own call says it.
+    if full_finetuning or isinstance(model, PeftModel):
+        activate_unless_chosen(terms(use_gradient_checkpointing))
         set_checkpointing(model, use_gradient_checkpointing or False)
     return attach(model, tokenizer, max_seq_length), tokenizer
 
@@ -108,8 +120,14 @@ def choose_dtype(dtype: torch.dtype | str | None) -> Any:
         return dtype
     if not torch.cuda.is_available():
         return torch.float32
-    # Cards before Ampere only emulate it.
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if is_bfloat16_supported() else torch.float16
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether there is a card that computes in bfloat16; those before Ampere only emulate it."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _device_map() -> dict[str, int] | None:
@@ -143,6 +161,22 @@ def _tokenizer_place(name: str, model: Any) -> str:
     return name
 
 
+def _tokenizer(name: str, hub: Mapping[Any, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SlothError(
+            f"{name!r} has no tokenizer that can be loaded: {reason}; another is named by tokenizer_name="
+        ) from None
+
+
+def _cannot_load(name: str, error: Exception) -> SlothError:
+    return SlothError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}")
+
+
 def _load(name: str, load_in_4bit: bool | str, load_in_8bit: bool, options: dict[str, Any]) -> Any:
     from peft import AutoPeftModelForCausalLM, PeftConfig
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,7 +189,7 @@ def _load(name: str, load_in_4bit: bool | str, load_in_8bit: bool, options: dict
         trusted = {"trust_remote_code": options.get("trust_remote_code", False)}
         config = AutoConfig.from_pretrained(base, **({} if is_adapter else hub), **trusted)
     except (OSError, ValueError) as error:
-        raise SlothError(f"{name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise _cannot_load(name, error) from None
     quantised = getattr(config, "quantization_config", None)
     if options.get("rope_scaling"):
         options = {**options, **_rope(config, options["rope_scaling"])}

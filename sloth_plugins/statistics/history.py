@@ -12,6 +12,7 @@ from ..errors import SlothError, nearest
 
 STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_EVAL = re.compile(r"eval_(.+)_loss")
 # What we add to the entries that hold a loss: seconds, tokens a second and a device, GiB, GiB, a share.
 SECONDS, SPEED, PEAK, PLANNED, MFU = (
     "step_seconds",
@@ -47,6 +48,14 @@ class History:
         found = [(entry["step"], entry[name]) for entry in self.entries if _is_number(entry, name)]
         return Series([int(step) for step, _ in found], [float(value) for _, value in found])
 
+    def evals(self) -> dict[str, Series]:
+        """The losses of evaluation: "eval", or each by its name where `eval_dataset` is a dict of several."""
+        if whole := self.series("eval_loss"):
+            return {"eval": whole}
+        names = dict.fromkeys(name for entry in self.entries for name in entry if _EVAL.fullmatch(name))
+        found = {f"eval {name[5:-5]}": self.series(name) for name in names}
+        return {name: series for name, series in found.items() if series}
+
     def last(self, name: str) -> float | None:
         """The last that was logged under a name."""
         values = self.series(name).values
@@ -65,8 +74,9 @@ def read(folder: Path) -> History:
     """
     try:
         if not folder.is_dir():
-            siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise SlothError(f"{folder} is no folder{nearest(folder.name, siblings)}")
+            siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+            known = [path.name for path in siblings if path.is_dir()]
+            raise SlothError(f"{folder} is no folder{nearest(folder.name, known)}")
         states = [_state(path) for path in _candidates(folder) if path.is_file()]
     except OSError as error:
         raise SlothError(f"{folder} cannot be read: {error}") from None
@@ -94,4 +104,7 @@ def _state(path: Path) -> dict[str, Any]:
     entries = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SlothError(f"{path} has no log_history, so no Trainer has written it")
+    for name in ("global_step", "max_steps"):
+        if not isinstance(state.get(name, 0), int | None):
+            raise SlothError(f"{path} has {name} {state[name]!r}, where a number of steps is needed")
     return dict(state)

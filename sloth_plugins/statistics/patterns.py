@@ -1,7 +1,7 @@
 """Three things that go wrong in training and can be seen in the losses, with what to try; each is named once."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .history import Entry, History
@@ -26,13 +26,14 @@ class Watch:
 
     max_steps: int = 0
     _losses: list[float] = field(default_factory=list)
-    _evals: list[tuple[int, float, float]] = field(default_factory=list)  # step, eval loss, train loss around it
+    _evals: dict[str, list[tuple[int, float, float]]] = field(default_factory=dict)
+    """By the data's name: step, eval loss, train loss around it."""
     _named: set[str] = field(default_factory=set)
 
     def see(self, entry: Entry) -> Iterator[str]:
         """A line for each pattern that this entry shows for the first time."""
         found = History([entry])
-        loss, eval_loss, step = found.last("loss"), found.last("eval_loss"), int(entry.get("step") or 0)
+        loss, step = found.last("loss"), int(entry.get("step") or 0)
         if loss is not None and "reward" not in entry:  # the loss of reinforcement learning says nothing of this kind
             self._losses.append(loss)
             if self._first(self._swings() or self._rises(), "swinging"):
@@ -49,12 +50,13 @@ class Watch:
                     f"check that labels are not masked and the data is what you think; else try a higher learning "
                     f"rate{_rate(entry)} or a higher LoRA rank"
                 )
-        if eval_loss is not None and self._losses:
-            self._evals.append((step, eval_loss, self._now()))
-            if self._first(self._overfits(), "overfitting"):
-                best, lowest, _ = min(self._evals, key=lambda item: item[1])
+        for name, series in found.evals().items() if self._losses else ():
+            evals, eval_loss = self._evals.setdefault(name, []), series.values[-1]
+            evals.append((step, eval_loss, self._now()))
+            if self._first(_overfits(evals), "overfitting"):
+                best, lowest, _ = min(evals, key=lambda item: item[1])
                 yield (
-                    f"step {step}: the eval loss rises ({lowest:.3f} at step {best}, now {eval_loss:.3f}) while the "
+                    f"step {step}: the {name} loss rises ({lowest:.3f} at step {best}, now {eval_loss:.3f}) while the "
                     "training loss falls: overfitting; stop at the lowest (load_best_model_at_end=True with "
                     "EarlyStoppingCallback), or try fewer epochs, more data, LoRA dropout or a lower rank"
                 )
@@ -104,14 +106,15 @@ class Watch:
         error = ((statistics.variance(first) + statistics.variance(last)) / quarter) ** 0.5
         return fall < FALL * statistics.fmean(first) and fall < 2 * error + 1e-12
 
-    def _overfits(self) -> bool:
-        """Two evaluations have passed since the lowest, each higher than the one before, and the training went on."""
-        if len(self._evals) < 3:
-            return False
-        before, middle, now = (loss for _, loss, _ in self._evals[-3:])
-        _, lowest, level_then = min(self._evals, key=lambda item: item[1])
-        falls_on = self._evals[-1][2] < level_then
-        return before < middle < now and now > lowest + RISE * abs(lowest) and falls_on
+
+def _overfits(evals: Sequence[tuple[int, float, float]]) -> bool:
+    """Two evaluations have passed since the lowest, each higher than the one before, and the training went on."""
+    if len(evals) < 3:
+        return False
+    before, middle, now = (loss for _, loss, _ in evals[-3:])
+    _, lowest, level_then = min(evals, key=lambda item: item[1])
+    falls_on = evals[-1][2] < level_then
+    return before < middle < now and now > lowest + RISE * abs(lowest) and falls_on
 
 
 def _rate(entry: Entry) -> str:

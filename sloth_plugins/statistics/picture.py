@@ -4,15 +4,18 @@ import importlib.util
 import os
 import statistics
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from .history import MFU, PEAK, PLANNED, SECONDS, SPEED, History, Series
+from .summary import settled
 
 FILE = "sloth_statistics.png"
 MAKER = "sloth-plugins training statistics"
 """Written into the PNG, so that only our own picture is ever replaced."""
-TRAIN, EVAL, QUIET = "#c2410c", "#1d4ed8", "#6b7785"
+TRAIN, QUIET = "#c2410c", "#6b7785"
+EVALS = ("#1d4ed8", "#0f766e", "#7c3aed", "#a16207")
 MISSING = "no picture is drawn without matplotlib: pip install 'sloth-plugins[plots]'"
 
 Panel = Callable[[Any, History], None]
@@ -80,20 +83,20 @@ def _line(axis: Any, series: Series, color: str, label: str | None = None, **sty
 
 
 def _losses(axis: Any, history: History) -> None:
-    train, evaluation = history.series("loss"), history.series("eval_loss")
+    train, evals = history.series("loss"), history.evals()
     if len(train) > 60:
         axis.plot(train.steps, train.values, color=TRAIN, alpha=0.25, linewidth=0.8)
         _line(axis, _smooth(train), TRAIN, "training (smoothed)", linewidth=1.6)
     else:
         _line(axis, train, TRAIN, "training", linewidth=1.6)
-    if evaluation:
+    for (label, evaluation), color in zip(evals.items(), cycle(EVALS), strict=False):
         axis.plot(
-            evaluation.steps, evaluation.values, color=EVAL, marker="o", markersize=4, linewidth=1.6, label="eval"
+            evaluation.steps, evaluation.values, color=color, marker="o", markersize=4, linewidth=1.6, label=label
         )
     # That of reinforcement learning is no logarithm of anything.
     axis.set_ylabel("loss" if history.series("reward") else "loss (nats)")
     axis.set_title("Loss", loc="left")
-    if evaluation or len(train) > 60:
+    if evals or len(train) > 60:
         axis.legend(frameon=False)
 
 
@@ -109,14 +112,14 @@ def _rate(axis: Any, history: History) -> None:
 
 
 def _speed(axis: Any, history: History) -> None:
-    speed, mfu = history.series(SPEED), history.series(MFU).values
+    speed, mfu = history.series(SPEED), settled(history.series(MFU))
     shown = speed or history.series(SECONDS)
     _line(axis, shown, TRAIN, linewidth=1.6)
     _from_nothing(axis, shown)
     if speed:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_ylabel("tokens/s per device" if speed else "seconds a step")
-    share = f" (MFU {statistics.median(mfu):.0%})" if mfu else ""
+    share = f" (MFU {statistics.median(mfu):.1%})" if mfu else ""
     axis.set_title(f"{'Throughput' if speed else 'Time a step'}{share}", loc="left")
 
 

@@ -15,7 +15,19 @@ def lines(history: History) -> list[str]:
 def _head(history: History) -> str:
     steps = max([history.step, *(int(entry.get("step") or 0) for entry in history.entries)])
     seconds = history.last("train_runtime")
-    return f"{steps} steps{'' if seconds is None else f' in {_duration(seconds)}'}"
+    if seconds is None:
+        return f"{steps} steps"
+    measured = _measured(history.series(SECONDS))
+    # Trainer's time is that of the last part of a run that was resumed; the steps' own are rounded.
+    if measured > 1.05 * seconds:
+        return f"{steps} steps in {_duration(measured)} of training, resumed"
+    return f"{steps} steps in {_duration(seconds)}"
+
+
+def _measured(series: Series) -> float:
+    """The seconds of all steps, of which those since the last entry are in each."""
+    since = zip(series.values, series.steps, [0, *series.steps], strict=False)
+    return sum(value * (step - last) for value, step, last in since)
 
 
 def _duration(seconds: float) -> str:
@@ -27,10 +39,10 @@ def _duration(seconds: float) -> str:
 
 
 def _rows(history: History) -> Iterator[tuple[str, str]]:
-    for label, name in (("training loss", "loss"), ("eval loss", "eval_loss")):
-        if series := history.series(name):
-            yield label, _loss(series)
-    seconds, speed, mfu = (_settled(history.series(name)) for name in (SECONDS, SPEED, MFU))
+    for label, series in {"training": history.series("loss"), **history.evals()}.items():
+        if series:
+            yield f"{label} loss", _loss(series)
+    seconds, speed, mfu = (settled(history.series(name)) for name in (SECONDS, SPEED, MFU))
     if seconds:
         among = f", {_time(min(seconds))} to {_time(max(seconds))}" if len(seconds) > 1 else ""
         yield "time a step", f"{_time(statistics.median(seconds))}{among}"
@@ -52,7 +64,7 @@ def _loss(series: Series) -> str:
     return f"{values[0]:.4f} at first, {values[-1]:.4f} at last, lowest {lowest:.4f} at step {step}"
 
 
-def _settled(series: Series) -> list[float]:
+def settled(series: Series) -> list[float]:
     """Without the first, in which kernels are compiled, where there are others."""
     return series.values[1:] or series.values
 

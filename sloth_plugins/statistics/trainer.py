@@ -33,6 +33,9 @@ class _Run:
         if self._watch is None:
             state = self._trainer.state
             self._watch = Watch(state.max_steps)
+            for entry in state.log_history:  # of a run that is resumed; what it shows was told then
+                for _ in self._watch.see(entry):
+                    pass
             self.meter.begin(state.global_step)
 
     def log(self, logs: dict[str, Any]) -> None:

@@ -177,6 +177,14 @@ def test_a_run_tells_what_it_failed_of(tmp_path, monkeypatch):
         run_child_program(monkeypatch, tmp_path, RuntimeError("shape"))
 
 
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_four_bits_need_weights(tmp_path, model, name):
+    task = Task(model=str(model / name), seq=16, batch=1, lora_r=2, steps=3, load_in_4bit=True)
+    given = child.options(task.command("stock", tmp_path / "run.json")[3:])
+    with pytest.raises(SlothError, match=r"cannot be loaded in 4 bits: .*no file named"):
+        child.adapted(given, "float32")
+
+
 @pytest.mark.slow
 def test_stock_and_patched_on_a_tiny_model(tmp_path, model, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

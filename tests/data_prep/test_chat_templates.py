@@ -102,6 +102,14 @@ def test_templates_of_plain_text_need_no_tokens():
     assert all(render(made, messages) for messages in conversations(system=True))
 
 
+def test_names_of_another_form_are_for_the_rows():
+    """A template reads role and content; what other loaders map in it, standardize_sharegpt maps in the rows."""
+    with pytest.raises(SlothError, match=r"standardize_sharegpt\(dataset\) makes role, content, user and assistant"):
+        get_chat_template(tokenizer(), "chatml", mapping={"role": "from", "content": "value", "user": "human"})
+    same = {name: name for name in ("role", "content", "user", "assistant")}
+    assert get_chat_template(tokenizer(), "chatml", mapping=same).chat_template
+
+
 def test_an_unknown_name_names_the_known_ones():
     with pytest.raises(SlothError, match=r"no chat template 'chatlm' \(known: chatml, .*; did you mean 'chatml'\?$"):
         get_chat_template(tokenizer(), "chatlm")

@@ -221,6 +221,13 @@ def test_it_refuses_to_mask_everything(streaming):
     assert given_trainer.train_dataset is data
 
 
+def test_rows_that_are_cut_before_every_answer_are_told_as_such():
+    made = tokenizer("chatml")
+    cut = [{"input_ids": row["input_ids"][:2]} for row in rows_of(made)]
+    with pytest.raises(SlothError, match=r", or give a larger max_length, if rows are cut before their answers$"):
+        train_on_responses_only(trainer(made, Dataset.from_list(cut)))
+
+
 @pytest.mark.parametrize("template", [NUMBERED, BARE, None, "{{ raise_exception('no') }}"])
 def test_templates_that_tell_nobody_apart_need_markers(template):
     made = tokenizer()
@@ -239,6 +246,7 @@ def test_templates_that_tell_nobody_apart_need_markers(template):
         ({"processing_class": None}, (), "no tokenizer"),
         ({"train_dataset": None}, (), "has no data"),
         ({"train_dataset": Dataset.from_list([{"text": "a"}])}, (), r"not tokenised \(columns: text\)"),
+        ({"train_dataset": Dataset.from_list([{"input_ids": [5]}]).select([])}, (), "nothing: there are no rows"),
     ],
 )
 def test_mistakes_are_one_line(change, arguments, said):

@@ -41,6 +41,13 @@ def test_without_targets_all_linear_layers_but_the_head(model):
     assert {name.split(".")[-4] for name in trained(adapted)} == set(TARGETS)
 
 
+@pytest.mark.parametrize("targets", [None, []])
+def test_no_targets_are_all_linear_layers(model, targets):
+    adapted = FastLanguageModel.get_peft_model(model, target_modules=targets, task_type="CAUSAL_LM")
+    assert {name.split(".")[-4] for name in trained(adapted)} == set(TARGETS)
+    assert adapted.peft_config["default"].task_type == "CAUSAL_LM"
+
+
 @pytest.mark.parametrize("how", [True, "smart", "unsloth"])
 def test_checkpointing_gives_the_gradients_of_doing_without(tiny, how):
     gradients = []

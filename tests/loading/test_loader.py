@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from sloth_plugins import FastLanguageModel, SlothError, activate, activation
+from sloth_plugins import FastLanguageModel, SlothError, activate, activation, is_bfloat16_supported
+from sloth_plugins.loading.checkpointing import PLANS
 
 
 def load(folder, **options):
@@ -50,6 +51,20 @@ def test_the_card_chooses(bf16, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     assert choose_dtype(None) == expected
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_scripts_ask_whether_the_card_computes_in_bfloat16(bf16, monkeypatch):
+    assert is_bfloat16_supported() is (torch.cuda.is_available() and torch.cuda.is_bf16_supported(False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert is_bfloat16_supported() is bf16
+
+
+def test_the_older_name_of_the_dtype(tiny):
+    assert load(tiny, torch_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    with pytest.raises(SlothError, match="torch_dtype is the older name of dtype"):
+        load(tiny, dtype="float32", torch_dtype="bfloat16")
 
 
 def test_four_bits(tiny):
@@ -116,6 +131,25 @@ def test_models_that_are_not_there(tiny, tmp_path):
         load(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("gone", "line"),
+    [("tokenizer*", "has no tokenizer that can be loaded: "), ("model.safetensors", "cannot be loaded: ")],
+)
+def test_half_a_model_is_one_line(tiny, tmp_path, gone, line):
+    shutil.copytree(tiny, tmp_path / "half", ignore=shutil.ignore_patterns(gone))
+    with pytest.raises(SlothError, match=re.escape(line)) as caught:
+        load(tmp_path / "half")
+    assert "\n" not in str(caught.value)
+
+
+def test_gguf_files_are_no_checkpoint(tmp_path):
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SlothError, match=r"model-q4.gguf is made for llama.cpp and Ollama; name the checkpoint"):
+        load(tmp_path)
+    with pytest.raises(SlothError, match=r"model-q4.gguf is no folder$"):
+        load(tmp_path / "model-q4.gguf")
+
+
 def test_full_fine_tuning(tiny):
     model, _ = load(tiny, full_finetuning=True, use_gradient_checkpointing=True)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -123,7 +157,7 @@ def test_full_fine_tuning(tiny):
 
 
 def test_options_of_other_loaders(tiny, capsys):
-    load(tiny, fast_inference=True, gpu_memory_utilization=0.5, float8_kv_cache=False, random_state=3)
+    load(tiny, fast_inference=True, gpu_memory_utilization=0.5, load_in_fp8=False, random_state=3)
     first = torch.rand(1)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sloth-plugins")]
     assert said == [
@@ -161,6 +195,17 @@ def test_an_adapter_goes_on_training(tiny, tmp_path):
     assert all(torch.equal(trained[name], before[name]) for name in before)
     small, _ = load(tmp_path / "run", load_in_4bit=True)
     assert type(small.base_model.model.model.layers[0].mlp.up_proj.base_layer) is bitsandbytes.nn.Linear4bit
+
+
+def test_an_adapter_is_checkpointed_where_its_loader_is_asked_to(tiny, tmp_path):
+    FastLanguageModel.get_peft_model(load(tiny)[0], r=4, use_gradient_checkpointing=False).save_pretrained(tmp_path)
+    activation.deactivate()
+    for how, selection in ((None, "1"), (False, "1"), (True, "1"), ("unsloth", f"{PLANS},1")):
+        model, _ = load(tmp_path, use_gradient_checkpointing=how)
+        assert model.base_model.model.model.layers[0].gradient_checkpointing is bool(how)
+        assert selected() == selection
+    with pytest.raises(SlothError, match="did you mean 'unsloth'"):
+        load(tmp_path, use_gradient_checkpointing="unslot")
 
 
 def test_the_flag_decides_what_is_active(tiny, monkeypatch):

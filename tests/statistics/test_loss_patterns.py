@@ -45,6 +45,17 @@ def test_overfitting():
     assert "EarlyStoppingCallback" in line
 
 
+def test_overfitting_of_one_of_several_data_sets():
+    entries = []
+    for i, loss in enumerate(falling(70, 0.0)):
+        entries.append({"step": i, "loss": loss})
+        if i % 10 == 9:
+            entries.append({"step": i, "eval_far_loss": [1.5, 1.2, 1.1, 1.15, 1.2, 1.3, 1.4][i // 10]})
+            entries.append({"step": i, "eval_near_loss": 1.0 - i / 100})
+    (line,) = seen_in(History(entries, 70))
+    assert line.startswith("step 49: the eval far loss rises (1.100 at step 29, now 1.200)")
+
+
 def test_an_eval_loss_that_trembles_is_no_overfitting():
     assert seen_in(log(falling(70, 0.05), [1.5, 1.2, 1.1, 1.105, 1.101, 1.107, 1.103])) == []
 

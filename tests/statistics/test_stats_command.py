@@ -6,6 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sloth_plugins import cli
+from sloth_plugins.statistics import picture
+from sloth_plugins.statistics.history import History
 from sloth_plugins.statistics.picture import FILE
 
 
@@ -66,6 +68,35 @@ def test_a_stock_runs_log_is_shown_as_far_as_it_goes(tmp_path):
     assert (tmp_path / FILE).is_file()
 
 
+def test_several_eval_data_sets_have_a_row_each(tmp_path):
+    found = state(4)
+    for i in (2, 4):
+        found["log_history"] += [{"step": i, "eval_near_loss": 1.0 / i}, {"step": i, "eval_far_loss": 2.0 / i}]
+    write(tmp_path, found)
+    rows = dict(line.strip().split("  ", 1) for line in run(tmp_path)[1].splitlines() if line.startswith("  "))
+    assert rows["eval near loss"].strip() == "0.5000 at first, 0.2500 at last, lowest 0.2500 at step 4"
+    assert rows["eval far loss"].strip() == "1.0000 at first, 0.5000 at last, lowest 0.5000 at step 4"
+    losses = picture._figure(History(found["log_history"])).axes[0]
+    assert [line.get_label() for line in losses.get_lines()] == ["training", "eval near", "eval far"]
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_steps(tmp_path):
+    found = state(10)
+    found["log_history"].append({"step": 10, "train_runtime": 1.2})
+    write(tmp_path, found)
+    assert run(tmp_path)[1].startswith("10 steps in 5.0 s of training, resumed\n")
+
+
+def test_the_pictures_mfu_is_the_tables(tmp_path):
+    found = state(3)
+    for entry, mfu in zip(found["log_history"], (0.01, 0.401, 0.403), strict=True):
+        entry["mfu"] = mfu
+    write(tmp_path, found)
+    assert [line.split()[1] for line in run(tmp_path)[1].splitlines() if "MFU" in line] == ["40.2%"]
+    titles = [axis.get_title(loc="left") for axis in picture._figure(History(found["log_history"])).axes]
+    assert "Throughput (MFU 40.2%)" in titles
+
+
 def test_our_own_picture_is_drawn_again(tmp_path):
     write(tmp_path, state(5))
     run(tmp_path)
@@ -83,6 +114,7 @@ def test_our_own_picture_is_drawn_again(tmp_path):
         ('{"step": 1}', "has no log_history"),
         ('{"log_history": [1]}', "has no log_history"),
         ('{"log_history": []}', "has logged no loss yet"),
+        ('{"log_history": [], "global_step": "x"}', "has global_step 'x'"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, content, line):
@@ -99,11 +131,11 @@ def test_a_misspelt_folder_has_a_nearest(tmp_path):
     code, told = run(tmp_path / "output")
     assert (code, len(told.splitlines())) == (2, 1)
     assert "did you mean 'outputs'?" in told
+    write(tmp_path, state(5))
+    assert "did you mean" not in run(tmp_path / "trainer_state.json")[1]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    from sloth_plugins.statistics import picture
-
     def full(*args):
         raise OSError(28, "No space left on device")
 

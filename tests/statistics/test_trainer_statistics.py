@@ -166,6 +166,20 @@ def test_a_pattern_is_named_while_it_trains(tmp_path, capsys):
     assert capsys.readouterr().err.count("the training loss has not fallen, from 2.000 to 2.000") == 1
 
 
+def test_a_run_that_is_resumed_is_watched_from_its_beginning(tmp_path, capsys):
+    """Its last part alone may well be flat."""
+
+    class Falling(Trainer):
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs) * 0 + max(3 - self.state.global_step / 10, 1.0)
+
+    patched(tmp_path, Falling, max_steps=60, save_strategy="steps", save_steps=30).train()
+    again = patched(tmp_path, Falling, max_steps=60)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == list(range(1, 61))
+    assert "has not fallen" not in capsys.readouterr().err
+
+
 def test_evaluation_while_training_leaves_all_patches_in_place(tmp_path, capsys):
     """It is where a model may enter, so the trainer is looked at again while async_step has its own methods there."""
     seen = []
