@@ -5,9 +5,10 @@
 imports this package in every process.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._version import __version__
+from .lazy import loader
 
 if TYPE_CHECKING:
     from .activation import activate, deactivate
@@ -26,20 +27,15 @@ __all__ = [
     "revert",
 ]
 
-_HOME = {
-    "activate": "activation",
-    "deactivate": "activation",
-    "patch": "patching",
-    "revert": "patching",
-    "SlothError": "errors",
-    "FastLanguageModel": "loading",
-    "is_bfloat16_supported": "loading",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "activate": "activation",
+        "deactivate": "activation",
+        "patch": "patching",
+        "revert": "patching",
+        "SlothError": "errors",
+        "FastLanguageModel": "loading",
+        "is_bfloat16_supported": "loading",
+    },
+)

@@ -1,6 +1,8 @@
 """Data preparation on `datasets`: rows read and checked, dialogues, roles, what is trained on. Loaded on first use."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import loader
 
 if TYPE_CHECKING:
     from .responses import train_on_responses_only
@@ -19,20 +21,15 @@ __all__ = [
     "train_on_responses_only",
 ]
 
-_HOME = {
-    "check_rows": "rows",
-    "get_chat_template": "templates",
-    "load_rows": "rows",
-    "standardize_data_formats": "roles",
-    "standardize_sharegpt": "roles",
-    "to_sharegpt": "sharegpt",
-    "train_on_responses_only": "responses",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "check_rows": "rows",
+        "get_chat_template": "templates",
+        "load_rows": "rows",
+        "standardize_data_formats": "roles",
+        "standardize_sharegpt": "roles",
+        "to_sharegpt": "sharegpt",
+        "train_on_responses_only": "responses",
+    },
+)

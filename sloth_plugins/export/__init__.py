@@ -1,6 +1,8 @@
 """Taking a trained model home: merged checkpoints, GGUF and Ollama, the Hub. Everything is loaded on first use."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import loader
 
 if TYPE_CHECKING:
     from .attaching import attach
@@ -21,22 +23,17 @@ __all__ = [
     "save_pretrained_merged",
 ]
 
-_HOME = {
-    "Weights": "weights",
-    "attach": "attaching",
-    "merge": "merging",
-    "open_weights": "weights",
-    "push": "hub",
-    "push_to_hub_gguf": "hub",
-    "push_to_hub_merged": "hub",
-    "save_pretrained_gguf": "gguf",
-    "save_pretrained_merged": "merging",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = loader(
+    __name__,
+    {
+        "Weights": "weights",
+        "attach": "attaching",
+        "merge": "merging",
+        "open_weights": "weights",
+        "push": "hub",
+        "push_to_hub_gguf": "hub",
+        "push_to_hub_merged": "hub",
+        "save_pretrained_gguf": "gguf",
+        "save_pretrained_merged": "merging",
+    },
+)
