@@ -24,6 +24,11 @@ def base_weight(projection: Projection, dtype: torch.dtype) -> torch.Tensor:
     return joint_weight((projection,), dtype, 0)
 
 
+def joint_shape(projections: Sequence[Projection], room: int) -> tuple[int, int]:
+    """Rows and columns of what `joint_weight` gives."""
+    return sum(p.shape[0] for p in projections) + room, projections[0].shape[1]
+
+
 def joint_weight(
     projections: Sequence[Projection], dtype: torch.dtype, room: int, packed: FourBitRows | None = None
 ) -> torch.Tensor:
@@ -31,7 +36,7 @@ def joint_weight(
 
     `packed` are the weights, if they can be unpacked together.
     """
-    shape = sum(p.shape[0] for p in projections) + room, projections[0].shape[1]
+    shape = joint_shape(projections, room)
     resident = held(projections, dtype, shape)
     if resident is not None:
         return resident

@@ -12,6 +12,7 @@ layer's input x and the sum after the attention have the residual stream's dtype
 from collections.abc import Sequence
 
 from ..blocks.group import Group
+from ..blocks.made_weight import joint_shape
 from ..blocks.policy import Policy
 from ..blocks.projection import Projection
 from ..blocks.run import Parts
@@ -81,8 +82,8 @@ def largest_weight(parts: Parts) -> int:
 
 def bytes_of(group: Group, made: Sequence[Projection]) -> int:
     """Bytes of the weights of these projections of a group as they are made: unpacked from four bits, or cast."""
-    rows = sum(projection.shape[0] for projection in made) + group.room
-    return rows * group.k * group.dtype.itemsize
+    rows, cols = joint_shape(made, group.room)
+    return rows * cols * group.dtype.itemsize
 
 
 def _heads(parts: Parts) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..blocks import graphs, resident
 from ..blocks.group import Group
-from ..blocks.made_weight import joint_weight
+from ..blocks.made_weight import joint_shape, joint_weight
 from ..blocks.projection import Projection
 from ..blocks.run import Parts
 from .bytes import bytes_of
@@ -34,7 +34,8 @@ def fit(layers: Iterable[Parts], tokens: int, spare: int) -> int:
             continue
         total += size
         for group, together in made:
-            resident.hold(together, joint_weight(together, group.dtype, group.room))
+            if resident.held(together, group.dtype, joint_shape(together, group.room)) is None:
+                resident.hold(together, joint_weight(together, group.dtype, group.room))
     return total
 
 
