@@ -1,4 +1,4 @@
-"""A run and its base to be damaged, and a disk that fails."""
+"""A run and its base to be damaged, a small Llama with its tokenizer, and a disk that fails."""
 
 import shutil
 
@@ -12,6 +12,20 @@ def made(tmp_path_factory):
     save_base(folder / "base", shard="100KB")
     adapt(load(folder / "base")).save_pretrained(folder / "run")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from gguf_tiny import byte_level
+
+    return byte_level("llama-bpe")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    from gguf_tiny import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("models") / "my-llama", tokenizer)
 
 
 @pytest.fixture

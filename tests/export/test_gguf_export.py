@@ -27,16 +27,6 @@ from sloth_plugins.export.gguf.methods import base_method, parse_methods
 EXPORT_MODULE = sys.modules[package_export.__module__]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.byte_level("llama-bpe")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    return tiny.save_llama(tmp_path_factory.mktemp("models") / "my-llama", tokenizer)
-
-
 @pytest.fixture(autouse=True)
 def _no_programs(monkeypatch):
     """Whatever the machine has, llama.cpp is found only where a test puts it."""

@@ -7,7 +7,6 @@ import sys
 from types import SimpleNamespace
 
 import gguf
-import gguf_tiny as tiny
 import pytest
 from gguf_tiny import left_in, tensors
 from typer.testing import CliRunner
@@ -17,16 +16,6 @@ from sloth_plugins.export import command
 from sloth_plugins.export.gguf import export
 
 EXPORT_MODULE = sys.modules[export.__module__]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.byte_level("llama-bpe")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    return tiny.save_llama(tmp_path_factory.mktemp("models") / "my-llama", tokenizer)
 
 
 def test_existing_files_are_kept_unless_forced(folder, tokenizer, tmp_path):
