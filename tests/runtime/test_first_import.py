@@ -43,7 +43,8 @@ def test_the_patches_apply(first, seam, tmp_path):
 def test_nothing_happens_without_the_flag(tmp_path):
     code = "import torch, sys; print(*sorted(m for m in sys.modules if m.startswith('sloth_plugins')))"
     done = python(code, tmp_path)
-    assert done.stdout.split() == ["sloth_plugins", "sloth_plugins._version", "sloth_plugins.autoload"]
+    light = ["sloth_plugins", "sloth_plugins._version", "sloth_plugins.autoload", "sloth_plugins.lazy"]
+    assert done.stdout.split() == light
     assert done.stderr == ""
 
 

@@ -83,12 +83,12 @@ def test_accelerates_own_cpu_flag_with_two_processes(tmp_path):
 def test_every_process_is_patched(tmp_path):
     script = tmp_path / "probe.py"
     script.write_text(
-        "import torch\nfrom accelerate import Accelerator\nfrom common import model\n"
+        "import torch\nfrom accelerate import Accelerator\nfrom common import end, model\n"
         "from sloth_plugins.application import patched\n"
         "accelerator = Accelerator(cpu=True)\nnetwork = accelerator.prepare(model())\n"
         "count = torch.tensor([sum(patched(m) is not None for m in network.modules())])\n"
         # One write a process: print() writes its pieces one by one where Python is unbuffered.
-        "print(f'COUNTS {accelerator.gather(count).tolist()}\\n', end='')\naccelerator.end_training()\n"
+        "print(f'COUNTS {accelerator.gather(count).tolist()}\\n', end='')\nend(accelerator)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     done = run([*torchrun, script], tmp_path, flag="1")

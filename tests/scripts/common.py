@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,3 +60,12 @@ def write(path, losses):
     if path and os.environ.get("RANK", "0") == "0":
         with open(path, "w") as file:
             json.dump(losses, file)
+
+
+def end(accelerator):
+    """End the process: where there are several, torch may abort one that finalises while gloo's threads still run."""
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -2,7 +2,7 @@
 
 import torch
 from accelerate import Accelerator
-from common import arguments, model, rows, write
+from common import arguments, end, model, rows, write
 
 args = arguments()
 accelerator = Accelerator(cpu=True)
@@ -20,4 +20,4 @@ for step, batch in enumerate(loader):
     optimizer.zero_grad()
     losses.append(float(loss.detach()))
 write(args.losses, losses)
-accelerator.end_training()
+end(accelerator)

@@ -1,10 +1,7 @@
 """A user's own script: Trainer with metrics from logits, evaluated before and after."""
 
-import os
-import sys
-
 import numpy
-from common import OPTIONS, arguments, model, rows, write
+from common import OPTIONS, arguments, end, model, rows, write
 from transformers import Trainer, TrainingArguments
 
 args = arguments()
@@ -30,9 +27,4 @@ found += [trainer.evaluate()]
 names = ("eval_loss", "eval_accuracy", "eval_top")
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 write(args.losses, losses + [entry[name] for entry in found for name in names])
-trainer.accelerator.end_training()
-if trainer.args.world_size > 1:
-    # torch may abort a process that ends while gloo's threads still run; all that is to be seen has been written.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+end(trainer.accelerator)

@@ -1,9 +1,6 @@
 """A user's own script: transformers.Trainer with PEFT."""
 
-import os
-import sys
-
-from common import OPTIONS, TARGETS, arguments, model, rows, write
+from common import OPTIONS, TARGETS, arguments, end, model, rows, write
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -23,9 +20,4 @@ trainer = Trainer(
 )
 trainer.train()
 write(args.losses, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-trainer.accelerator.end_training()
-if trainer.args.world_size > 1:
-    # torch may abort a process that ends while gloo's threads still run; all that is to be seen has been written.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+end(trainer.accelerator)
