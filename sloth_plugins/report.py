@@ -18,6 +18,11 @@ def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
     ]
 
 
+def byte_size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 def environment_line(environment: Environment) -> str:
     """Device, library versions and number of processes, in one line."""
     parts = [environment.devices[0] if len(set(environment.devices)) == 1 else ", ".join(environment.devices)]

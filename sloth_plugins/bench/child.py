@@ -6,7 +6,6 @@ from which the caller draws its progress bar.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..beside import beside
 from ..errors import SlothError
 from ..statistics.meter import peak_bytes
 
@@ -200,9 +200,8 @@ def main() -> int:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         result = {"failed": OUT_OF_MEMORY}
-    beside = given.output.with_name(f"{given.output.name}.new")
-    beside.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(beside, given.output)
+    with beside(given.output) as partial:
+        partial.write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 

@@ -1,12 +1,12 @@
 """The picture of a benchmark: the time of a step and the peak of memory, a bar for each variant, a dot for each run."""
 
 import importlib.util
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..beside import beside
 from .results import Variant
 from .variants import PATCHED
 
@@ -29,9 +29,8 @@ def draw(path: Path, found: Sequence[Variant], title: str) -> bool:
     peaks = [[] if v.failed else [run.peak_bytes / 2**30 for run in v.runs] for v in found]
     _bars(time, found, times, statistics.median, "time of a step (ms; a dot for each run)", "median {:,.1f}")
     _bars(memory, found, peaks, max, "peak memory (GiB)", "{:,.2f}")
-    beside = path.with_name(f"{path.name}.new")
-    figure.savefig(beside, format="png", dpi=140)
-    os.replace(beside, path)
+    with beside(path) as partial:
+        figure.savefig(partial, format="png", dpi=140)
     return True
 
 

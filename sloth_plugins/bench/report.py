@@ -1,12 +1,12 @@
 """A benchmark from its options to what is printed and written."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..beside import beside
 from ..demo.children import ChildFailed, last_lines
 from ..errors import SlothError
 from ..report import columns
@@ -110,9 +110,8 @@ def _write(task: Task, measured: Measured, rounds: int, folder: Path) -> bool:
         "says_nothing_about_a_card": measured.device == "cpu",
         "variants": as_json(measured.variants, measured.dtype, task.tokens),
     }
-    beside = folder / f"{JSON}.new"
-    beside.write_text(json.dumps(about, indent=1), encoding="utf-8")
-    os.replace(beside, folder / JSON)
+    with beside(folder / JSON) as partial:
+        partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
     title = _head(task, measured, rounds).splitlines()[0]
     note = " (says nothing about a card)" if measured.device == "cpu" else ""
     return picture.draw(folder / PNG, measured.variants, title + note)

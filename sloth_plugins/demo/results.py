@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from sloth_plugins.beside import beside
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}  # largest allowed difference of two losses, in nats
 APPLIED = re.compile(r"\s[1-9]\d*\s+applied\b")  # a row of the report: patch, number of modules, state
@@ -137,9 +138,8 @@ def write_summary(path: Path, pairs: Sequence[tuple[Run, Run]], prepared: Mappin
             for stock, patched in pairs
         ],
     }
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(json.dumps(summary, indent=1))
-    os.replace(beside, path)
+    with beside(path) as partial:
+        partial.write_text(json.dumps(summary, indent=1))
 
 
 def plot(path: Path, pairs: Sequence[tuple[Run, Run]]) -> bool:
@@ -159,7 +159,6 @@ def plot(path: Path, pairs: Sequence[tuple[Run, Run]]) -> bool:
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     axes[0].set_ylabel("training loss (nats per response token)")
-    beside = path.with_name(f"{path.name}.new")
-    figure.savefig(beside, format="png", dpi=150)
-    os.replace(beside, path)
+    with beside(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     return True

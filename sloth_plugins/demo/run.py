@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from sloth_plugins.beside import beside
 from sloth_plugins.demo.children import ChildFailed, last_lines, run_child
 from sloth_plugins.demo.results import Run, plot, problems, read_run, table, write_summary
 
@@ -92,11 +93,9 @@ def run_all(out: Path, force: bool, console: Console) -> tuple[dict[str, Any], l
             for patched in (False, True):
                 name = f"{method.lower()}-{'patched' if patched else 'stock'}"
                 log, result = out / "logs" / f"{name}.log", out / "runs" / f"{name}.json"
-                beside = result.with_name(f"{result.name}.new")
-                beside.unlink(missing_ok=True)
-                command = [*launch_command(out, prepared), *options, "--output", str(beside)]
-                stage(1 + len(runs), name, command, environment(patched), log)
-                os.replace(beside, result)
+                with beside(result) as output:
+                    command = [*launch_command(out, prepared), *options, "--output", str(output)]
+                    stage(1 + len(runs), name, command, environment(patched), log)
                 runs.append(read_run(method, patched, result, log))
     return prepared, list(zip(runs[::2], runs[1::2], strict=True))
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..report import byte_size
 from ..terminal import err, one_line, out
 from .marking import MARK
 
@@ -46,7 +47,7 @@ def merged(
     files = [path for path in folder.iterdir() if path.is_file() and path.name != MARK]
     size = sum(path.stat().st_size for path in files)
     tokenizer = "" if any(path.name.startswith("tokenizer") for path in files) else ", no tokenizer was found"
-    out.print(f"{folder}: {len(files)} files, {_size(size)}{tokenizer}", markup=False)
+    out.print(f"{folder}: {len(files)} files, {byte_size(size)}{tokenizer}", markup=False)
 
 
 @app.command()
@@ -74,7 +75,7 @@ def gguf(
             err.print(f"sloth-plugins: stopped; {there}", markup=False)
             raise
     for file in made.files:
-        out.print(f"{file}: {_size(file.stat().st_size)}", markup=False)
+        out.print(f"{file}: {byte_size(file.stat().st_size)}", markup=False)
     if made.modelfile is not None:
         out.print(f"{made.modelfile}: `ollama create NAME -f {shlex.quote(str(made.modelfile))}`", markup=False)
     for note in made.notes:
@@ -101,7 +102,3 @@ def _export() -> Iterator[None]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with one_line():
         yield
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

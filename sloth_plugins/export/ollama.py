@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..beside import beside
 from ..chat_template import Around, Unexpressible
 from ..errors import SlothError
 from .chat import ChatFormat, read_format, turn_end, unlike_ollama
@@ -35,12 +35,8 @@ def write_modelfile(
     cannot express gives a Modelfile without TEMPLATE, and a line that says so.
     """
     text, notes = modelfile(model.name, tokenizer, add_bos, generation or {})
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return notes
 
 

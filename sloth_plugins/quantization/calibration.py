@@ -91,8 +91,8 @@ def layer_statistics(work: Work, index: int) -> tuple[dict[str, dict[str, Any]],
 def _forward(streamed: Streamed, index: int, call: Call, work: Work) -> None:
     hidden = work.read(f"input-{index}")["hidden"]
     with streamed.layer(index) as layer, torch.no_grad():
-        out = [streamed.call(layer, part.to(streamed.device), call).cpu() for part in portions(hidden)]
-    work.write(f"input-{index + 1}", {"hidden": torch.cat(out)})
+        out = through(streamed, layer, hidden, call)
+    work.write(f"input-{index + 1}", {"hidden": out})
 
 
 def _top_gradient(streamed: Streamed, hidden: torch.Tensor) -> torch.Tensor:
@@ -140,6 +140,11 @@ def _metered(
     finally:
         for meter in meters.values():
             meter.close()
+
+
+def through(streamed: Streamed, layer: torch.nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """Rows [n, tokens, width] after a layer, on the host as they came."""
+    return torch.cat([streamed.call(layer, part.to(streamed.device), call).cpu() for part in portions(hidden)])
 
 
 def portions(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

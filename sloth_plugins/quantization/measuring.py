@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..beside import beside
 from ..errors import SlothError, nearest
 from ..export.formats import dtype_of
 from ..export.progress import progress
@@ -213,9 +214,8 @@ def _with_truth(found: Measurement, truth: Mapping[str, float]) -> Measurement:
 def _write(found: Measurement, work: Work) -> None:
     """The measurement under its name, and nothing else beside the inputs."""
     values = asdict(found) | {"inputs": None}
-    part = work.folder / "measured.json.part"
-    part.write_text(json.dumps(values), encoding="utf-8")
-    part.rename(work.folder / "measured.json")
+    with beside(work.folder / "measured.json") as partial:
+        partial.write_text(json.dumps(values), encoding="utf-8")
     for path in work.folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..beside import beside
 from .decision import Decision
 
 
@@ -43,6 +44,5 @@ def draw(decision: Decision, file: Path) -> None:
     axes.set_title("red: stays in 16 bits; dot: massive inputs", fontsize=10)
     unit = "nats a token" if decision.in_nats else "score"
     figure.colorbar(image, label=f"{decision.score}, {unit}")
-    part = file.with_suffix(".png.part")
-    figure.savefig(part, dpi=150, format="png")
-    part.rename(file)
+    with beside(file) as partial:
+        figure.savefig(partial, dpi=150, format="png")

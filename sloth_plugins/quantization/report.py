@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..report import columns
+from ..report import byte_size, columns
 from .decision import OUTLIER, Decision
 from .measuring import Measured
 from .picture import draw
@@ -60,8 +60,8 @@ def text(decision: Decision) -> str:
         return f"{100 * count / found.all_four_bit:.1f} %"
 
     lines = [
-        f"{_size(found.all_plain)} in 16 bits, {_size(found.all_four_bit)} in 4 bits, {_size(decision.total)} as "
-        f"chosen (+{share(decision.extra)} of +{share(decision.budget)})",
+        f"{byte_size(found.all_plain)} in 16 bits, {byte_size(found.all_four_bit)} in 4 bits, "
+        f"{byte_size(decision.total)} as chosen (+{share(decision.extra)} of +{share(decision.budget)})",
         f"score {decision.score} over {found.tokens} tokens: {whole:.3g} all in 4 bits, {decision.cost():.3g} as "
         f"chosen ({unit}, summed over linear layers)",
         "",
@@ -74,7 +74,7 @@ def text(decision: Decision) -> str:
         cost = sum(linear.scores[decision.score] for linear in parts)
         part = f"{100 * cost / whole:.1f} %" if whole else ""
         extra = sum(linear.plain_bytes - linear.packed_bytes for linear in parts)
-        rows.append((_named(key, parts), f"{cost:.3g}", part, f"+{_size(extra)}", _massive(parts)))
+        rows.append((_named(key, parts), f"{cost:.3g}", part, f"+{byte_size(extra)}", _massive(parts)))
     if not decision.kept:
         rows.append(("nothing: the budget is below the smallest linear layer", "", "", "", ""))
     lines += columns(rows)
@@ -106,7 +106,3 @@ def _massive(parts: list[Measured]) -> str:
 
 def _bits(decision: Decision, linear: Measured) -> str:
     return "stays in 16 bits" if linear.name in decision.kept else "in 4 bits"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

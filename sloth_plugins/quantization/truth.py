@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from .calibration import Advance, Work, portions
+from .calibration import Advance, Work, through
 from .packing import Packing
 from .streaming import Call, Linear, Streamed
 
@@ -41,8 +41,7 @@ def _step(streamed: Streamed, index: int, call: Call, before: list[Linear], pack
     with streamed.layer(index) as layer, torch.no_grad():
 
         def run(stream: str) -> torch.Tensor:
-            hidden = work.read(f"{here}/{stream}")["hidden"]
-            return torch.cat([streamed.call(layer, part.to(streamed.device), call).cpu() for part in portions(hidden)])
+            return through(streamed, layer, work.read(f"{here}/{stream}")["hidden"], call)
 
         for stream in (PLAIN, *(linear.name for linear in before)):
             work.write(f"{fresh}/{stream}", {"hidden": run(stream)})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...beside import beside
 from ...errors import SlothError
 from ..ollama import MODELFILE, generation_of, write_modelfile
 from ..sources import tokenizer_folder
@@ -16,7 +17,7 @@ from ..weights import open_weights
 from ..writing import check_space
 from .llama_cpp import can_tokenize, check_tokens, quantize, require_quantizer
 from .methods import MADE, WRITTEN, base_method, parse_methods
-from .output import beside, locked, refuse_existing, telling
+from .output import locked, refuse_existing, telling
 from .pre_tokenizers import require_known
 from .probe import PROBE
 from .writing import Source, read_source, write

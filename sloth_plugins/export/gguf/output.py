@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,18 +33,6 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
-
-
-@contextmanager
-def beside(final: Path, *, keep: bool = True) -> Iterator[Path]:
-    """A path beside `final` that becomes it when all went well, and is removed otherwise."""
-    path = final.with_name(f".{final.name}.partial")
-    try:
-        yield path
-        if keep:
-            os.replace(path, final)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
