@@ -18,6 +18,17 @@ def _inactive():
 
 
 @pytest.fixture
+def _one_thread():
+    """Torch computes in this one, where waiting for others would take longer than what they do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def runs(monkeypatch):
     """The `Run` of each layer that ran fused, so that no test passes on upstream's forward."""
     from sloth_plugins.patches.blocks import decoder_layer

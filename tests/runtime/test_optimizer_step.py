@@ -14,17 +14,10 @@ from sloth_plugins.patches.trainers import optimizer_step
 
 optim = pytest.importorskip("bitsandbytes.optim")
 upstream = pytest.importorskip("bitsandbytes.optim.optimizer")
+pytestmark = pytest.mark.usefixtures("_one_thread")
 
 # Fewer elements than have states of 8 bits, no whole blocks, and a few that go together.
 SHAPES = [(16, 512), (512, 16), (7, 3), (1000,), (4097,), (64, 64), (100, 100), (30000,), (8, 32), (2, 64, 64)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

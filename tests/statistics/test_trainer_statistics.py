@@ -16,15 +16,8 @@ from sloth_plugins.statistics import trainer as statistics_patch
 from sloth_plugins.statistics.history import MFU, PEAK, PLANNED, SECONDS, SPEED
 from sloth_plugins.statistics.picture import FILE
 
+pytestmark = pytest.mark.usefixtures("_one_thread")
 OURS = {SECONDS, SPEED, PEAK}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Reporter(TrainerCallback):
