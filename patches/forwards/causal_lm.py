@@ -32,7 +32,7 @@ def cross_entropy(original: Forward) -> Forward:
         if reason is not None:
             say_once(f"cross_entropy: {type(self).__name__} computes its logits, because {reason}")
             return original(self, *args, **kwargs)
-        with deferring(head):
+        with deferring(head, kwargs.get("labels")):
             return original(self, *args, **kwargs)
 
     forward.refuses = lambda model: obstacle(model, model.get_output_embeddings())  # type: ignore[attr-defined]  # `Binding` reads it

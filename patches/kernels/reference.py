@@ -288,7 +288,11 @@ def _logits(y: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor | None]:
 def log_probs(
     y: Tensor, targets: Tensor, out: RowStatistics, shape: LogitShape, smoothing: float, weight: float | None
 ) -> None:
-    """Fill `out` from projections y [n, V] and targets [n]; with a weight, y becomes weight * d log_probs / dy."""
+    """Fill `out` from projections y [n, V] and targets [n]; with a weight, y becomes weight * d log_probs / dy.
+
+    A target of -1 makes a row's log-probability and gradient 0.
+    """
+    ignored, targets = targets < 0, targets.clamp_min(0)
     z, t = _logits(y, shape)
     top = z.amax(-1, keepdim=True)
     # As log_softmax has it, a row with +inf or of -inf alone is NaN; torch.logsumexp has it otherwise.
@@ -298,7 +302,7 @@ def log_probs(
     log_probs = (chosen - lse) * (1.0 - smoothing)
     if smoothing > 0.0:
         log_probs = log_probs + smoothing * (z.mean(-1) - lse)
-    out.log_probs.copy_(log_probs)
+    out.log_probs.copy_(log_probs.masked_fill_(ignored, 0.0))
     if out.mean_logits is not None:
         out.mean_logits.copy_(z.mean(-1))
     if out.is_top1 is not None:
@@ -312,6 +316,7 @@ def log_probs(
     if weight is not None:
         ones = torch.full_like(lse, weight)
         _write_gradient(y, targets, log_p, t, ones, None, None, shape, smoothing)
+        y.masked_fill_(ignored.unsqueeze(-1), 0.0)
 
 
 def log_probs_gradient(

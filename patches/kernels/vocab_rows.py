@@ -50,12 +50,14 @@ def log_probs_kernel(
     HAS_CAP: tl.constexpr, HAS_SUM: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SQUARES: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_TOP1: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one row; with WRITE, y becomes weight * d log_prob / dy."""
+    """Statistics of one row; with WRITE, y becomes weight * d log_prob / dy. A target of -1 makes both 0."""
     row = tl.program_id(0)
     y_row = y_ptr + row.to(tl.int64) * stride
     target = tl.load(target_ptr + row).to(tl.int32)
     columns = tl.arange(0, BLOCK)
-    chosen = _logit(tl.load(y_row + target).to(tl.float32), pre, cap, post, HAS_CAP)
+    counts = target >= 0
+    inside = counts & (target < vocabulary)
+    chosen = _logit(tl.load(y_row + target, mask=inside, other=float("nan")).to(tl.float32), pre, cap, post, HAS_CAP)
     top = float("-inf")
     sums = tl.zeros((BLOCK,), tl.float32)
     totals = tl.zeros((BLOCK,), tl.float32)
@@ -93,7 +95,7 @@ def log_probs_kernel(
             tl.store(mean_ptr + row, mean)
         if smoothing > 0.0:
             log_prob = (1.0 - smoothing) * log_prob + smoothing * (mean - lse2 * LN2)
-    tl.store(log_prob_ptr + row, log_prob)
+    tl.store(log_prob_ptr + row, tl.where(counts, log_prob, 0.0))
     tl.store(lse_ptr + row, lse2 * LN2)
     if HAS_ENTROPY:
         tl.store(entropy_ptr + row, (lse2 - tl.sum(weighted, axis=0) / total) * LN2)
@@ -113,7 +115,7 @@ def log_probs_kernel(
             slope = slope * scale
             if HAS_CAP:
                 slope = slope * _cap_slope(y, pre, cap)
-            tl.store(y_row + at, slope.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_row + at, tl.where(counts, slope, 0.0).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Running a causal language model so that its logits are deferred, where nothing about its head forbids it."""
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from ..kernels.watched import is_watched, only_moves_inputs
 from . import handlers as _handlers  # noqa: F401 - without them every operation would compute the logits
 from .deferred import DeferredLogits, defer
+from .labels import LabelCount
 from .recipe import Recipe
 
 
@@ -25,7 +26,8 @@ def obstacle(model: torch.nn.Module, head: Any) -> str | None:
     if is_watched(head) or not (hook is None or only_moves_inputs(hook)):
         return "lm_head has hooks"
     held = vars(head).get(_slot(head))
-    if held is not None and getattr(held, "__func__", None) not in (torch.nn.Linear.forward, _deferred):
+    plain = held is None or getattr(held, "__func__", None) is torch.nn.Linear.forward
+    if not plain and not isinstance(held, _Deferral):
         return "lm_head's forward was replaced"
     weight = head._parameters.get("weight")
     if type(weight) is not torch.nn.Parameter or hasattr(weight, "ds_id") or hasattr(weight, "_fsdp_flattened"):
@@ -42,22 +44,33 @@ def _slot(head: torch.nn.Module) -> str:
     return "_old_forward" if "_hf_hook" in vars(head) else "forward"
 
 
-def _deferred(self: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
-    plain = type(rows) is torch.Tensor and rows.device == self.weight.device and not rows.is_inference()
-    if not plain or not rows.numel() or torch._C._is_tracing():
-        return torch.nn.functional.linear(rows, self.weight, self.bias)
-    return defer(Recipe.of(rows, self.weight, self.bias))
+@dataclass(frozen=True, slots=True)
+class _Deferral:
+    """Stands in for the forward of `head`."""
+
+    head: torch.nn.Linear
+    labels: LabelCount | None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.head.weight, self.head.bias
+        plain = type(rows) is torch.Tensor and rows.device == weight.device and not rows.is_inference()
+        if not plain or not rows.numel() or torch._C._is_tracing():
+            return torch.nn.functional.linear(rows, weight, bias)
+        return defer(Recipe.of(rows, weight, bias, self.labels))
 
 
 @contextmanager
-def deferring(head: torch.nn.Linear) -> Iterator[None]:
-    """Within it, calls of `head` return `DeferredLogits`. `obstacle` must have found none."""
+def deferring(head: torch.nn.Linear, labels: object = None) -> Iterator[None]:
+    """Within it, calls of `head` return `DeferredLogits`. `obstacle` must have found none.
+
+    `labels` is what the model was called with; counting them now spares waiting for the device at the loss.
+    """
     slot = _slot(head)
     held = vars(head).get(slot)
-    if getattr(held, "__func__", None) is _deferred:  # inside another one
+    if isinstance(held, _Deferral):  # inside another one
         yield
         return
-    setattr(head, slot, types.MethodType(_deferred, head))
+    setattr(head, slot, _Deferral(head, LabelCount.of(labels)))
     try:
         yield
     finally:

@@ -256,6 +256,7 @@ def _cross_entropy(
         smoothing=label_smoothing,
         reduction=reduction,
         compute_dtype=recipe.projection.dtype,
+        labels=recipe.labels,
     ).to(_dtype_of(lambda row: F.cross_entropy(row, row.argmax(-1)), logits))
 
 

@@ -20,8 +20,9 @@ import torch
 from ..kernels.once import differentiable_once
 from ..kernels.ops.vocab_rows import LogitShape, RowStatistics
 from .chunks import Gradients, Task, run, run_again
+from .labels import LabelCount
 from .row_gradients import scaled
-from .rows import select_rows
+from .rows import all_rows, select_rows
 
 PLAIN = LogitShape()
 
@@ -79,13 +80,17 @@ def linear_cross_entropy(
     smoothing: float = 0.0,
     reduction: str = "mean",
     compute_dtype: torch.dtype | None = None,
+    labels: LabelCount | None = None,
 ) -> torch.Tensor:
     """`torch.nn.functional.cross_entropy` of the logits in fp32, and its errors; see `linear_log_probs`.
 
-    `reduction` is "mean" (over rows that are not ignored; NaN where there is none), "sum" or "none".
+    `reduction` is "mean" (over rows that are not ignored; NaN where there is none), "sum" or "none". `labels`, of which
+    the targets were made, tell whether nearly all rows count: then all are projected, the device is not waited for, and
+    a target outside the vocabulary that was not among the labels gives NaN rather than an IndexError.
     """
     if reduction == "sum" or reduction == "mean":
-        task = _task(hidden, weight, targets, shape, ignore_index, smoothing, (), compute_dtype)
+        dense = labels is not None and labels.nearly_all_of(weight.shape[0])
+        task = _task(hidden, weight, targets, shape, ignore_index, smoothing, (), compute_dtype, dense=dense)
         if _wants_gradient(weight, bias):
             total: torch.Tensor = _SummedLoss.apply(task, hidden, weight, bias)  # type: ignore[no-untyped-call]
         elif _wants_gradient(hidden):
@@ -93,7 +98,7 @@ def linear_cross_entropy(
             total = -log_probs.sum()
         else:
             total = -run(task, hidden, weight, bias)[0].log_probs.sum()
-        return total / task.rows.count if reduction == "mean" else total
+        return total / task.rows.counted if reduction == "mean" else total
     if reduction != "none":
         raise ValueError(f"{reduction} is not a valid value for reduction")
     options: dict[str, Any] = {"shape": shape, "ignore_index": ignore_index, "smoothing": smoothing}
@@ -113,11 +118,14 @@ def _task(
     smoothing: float,
     outputs: tuple[str, ...],
     dtype: torch.dtype | None,
+    *,
+    dense: bool = False,
 ) -> Task:
     if hidden.shape[:-1] != targets.shape or hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, targets))
         raise ValueError(f"hidden [N, H], weight [V, H] and targets [N] do not fit each other: {shapes}")
-    rows = select_rows(targets.to(hidden.device), weight.shape[0], ignore_index)
+    targets = targets.to(hidden.device)
+    rows = all_rows(targets, ignore_index) if dense else select_rows(targets, weight.shape[0], ignore_index)
     return Task(rows, shape, smoothing, outputs, hidden.dtype if dtype is None else dtype)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .labels import LabelCount
+
 
 class StaleLogitsError(RuntimeError):
     """Logits were asked for after something that they depend on had changed."""
@@ -71,19 +73,26 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """Logits [..., V] that nobody has computed: `steps` of the `projection` of `rows` [..., H]."""
+    """Logits [..., V] that nobody has computed: `steps` of the `projection` of `rows` [..., H].
+
+    `labels` is what is known of the labels that the model was called with.
+    """
 
     rows: torch.Tensor
     projection: Projection
     steps: tuple[Step, ...] = ()
     versions: tuple[int, ...] = ()
+    labels: LabelCount | None = None
 
     @classmethod
-    def of(cls, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> "Recipe":
+    def of(
+        cls, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: LabelCount | None = None
+    ) -> "Recipe":
         """The logits of a linear head, under the autocast that is on."""
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-        return cls(rows, Projection(weight, bias, dtype), versions=(_version(rows), _version(weight), _version(bias)))
+        versions = (_version(rows), _version(weight), _version(bias))
+        return cls(rows, Projection(weight, bias, dtype), versions=versions, labels=labels)
 
     @property
     def shape(self) -> torch.Size:

@@ -29,12 +29,16 @@ def tile_rows(count: int, vocabulary: int, dtype: torch.dtype, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The `count` of `total` rows that count: `targets` [count], and their places `index` [count], None for all."""
+    """The `count` of `total` rows that are projected: `targets` [count], their places `index` [count], None for all.
+
+    `counted` is how many targets are no -1; a -1 makes a row's log-probability and gradient 0.
+    """
 
     total: int
     count: int
     targets: torch.Tensor
     index: torch.Tensor | None
+    counted: int | torch.Tensor
 
     def take(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
         """The hidden states [n, H] of a chunk."""
@@ -47,6 +51,18 @@ class Rows:
         return values.new_zeros(self.total).index_put((self.index,), values)
 
 
+def census(targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Of targets [N]: how many are not `ignore_index`, the least and the greatest of those (0 if none). int64 [3]."""
+    kept = targets != ignore_index
+    return torch.stack((kept.sum(), *torch.where(kept, targets, 0).aminmax()))
+
+
+def all_rows(targets: torch.Tensor, ignore_index: int) -> Rows:
+    """Every row, for targets known to lie in the vocabulary or to be `ignore_index`. Nobody waits for the device."""
+    kept = targets != ignore_index
+    return Rows(targets.shape[0], targets.shape[0], torch.where(kept, targets, -1), None, kept.sum())
+
+
 def select_rows(targets: torch.Tensor, vocabulary: int, ignore_index: int) -> Rows:
     """Rows whose target is not `ignore_index`. Raises IndexError for a target outside the vocabulary.
 
@@ -54,16 +70,14 @@ def select_rows(targets: torch.Tensor, vocabulary: int, ignore_index: int) -> Ro
     """
     targets, total = targets.contiguous(), targets.shape[0]
     if not total:
-        return Rows(0, 0, targets, None)
-    kept = targets != ignore_index
-    known = torch.where(kept, targets, 0)
-    count, low, high = torch.stack((kept.sum(), known.amin(), known.amax())).tolist()
+        return Rows(0, 0, targets, None, 0)
+    count, low, high = census(targets, ignore_index).tolist()
     if low < 0 or high >= vocabulary:
         raise IndexError(
             f"target {low if low < 0 else high} is out of bounds: the vocabulary has {vocabulary} tokens, "
             f"and only {ignore_index} is ignored"
         )
     if count == total:
-        return Rows(total, count, targets, None)
-    index = (~kept).to(torch.uint8).argsort(stable=True)[:count]
-    return Rows(total, count, targets[index], index)
+        return Rows(total, count, targets, None, count)
+    index = (targets == ignore_index).to(torch.uint8).argsort(stable=True)[:count]
+    return Rows(total, count, targets[index], index, count)

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from sloth_plugins.patches.kernels.ops.vocab_rows import LogitShape
+from sloth_plugins.patches.losses.labels import LabelCount
 from sloth_plugins.patches.losses.linear_log_probs import linear_cross_entropy, linear_log_probs
 
 pytestmark = [
@@ -88,6 +89,27 @@ def test_log_probs_and_entropy(dtype, trained):
     truth = run(plain, hidden.double(), weight.double())
     for found, own, exact in zip(run(ours, hidden, weight), run(plain, hidden, weight), truth, strict=True):
         assert distance(found, exact) <= max(1.1 * distance(own, exact), 2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_nobody_waits_for_the_device(trained, reduction):
+    """Where nearly all labels count, which is asked before."""
+    hidden, weight, targets = inputs(4096, 32000, torch.bfloat16)
+    targets[::1000] = -100
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+    truth = F.cross_entropy(hidden.detach().float() @ weight.detach().float().t(), targets, reduction=reduction)
+    labels = LabelCount.of(targets)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = linear_cross_entropy(hidden, weight, None, targets, labels=labels, reduction=reduction)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.detach(), truth, rtol=1e-3, atol=0)
+    assert (hidden.grad[::1000] == 0).all()
 
 
 @pytest.mark.parametrize("vocabulary", [128256, 262208])

@@ -90,6 +90,23 @@ def test_statistics_and_gradient(vocabulary, shape, smoothing, dtype):
     assert_accurate("gradient", y, plain, exact, cancelling=8.0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("vocabulary", [37, BLOCK + 1])
+def test_a_target_of_minus_one(vocabulary, smoothing):
+    """Its row gives 0 even where its projections are NaN; the other rows are what they are without it."""
+    _, y = projections(3, vocabulary, torch.float32)
+    at = targets(3, vocabulary)
+    alone = y[::2].clone()
+    expected = found(alone, at[::2].contiguous(), SHAPES["all"], smoothing, 2.0, outputs=())
+    y[1] = float("nan")
+    at[1] = -1
+    out = found(y, at, SHAPES["all"], smoothing, 2.0, outputs=())
+    assert out.log_probs[1] == 0
+    assert torch.equal(out.log_probs[::2], expected.log_probs)
+    assert (y[1] == 0).all()
+    assert torch.equal(y[::2], alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wants", ["log_probs", "entropy", "both"])
 @pytest.mark.parametrize("shape", SHAPES)
