@@ -7,7 +7,7 @@ import torch
 from ..kernels.once import differentiable_once
 from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
-from ..kernels.ops.lora_glu import LowRank, add_low_rank, lora_glu, lora_glu_backward
+from ..kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
 from ..kernels.ownership import graph_is_kept
 from . import attention_block
 from .edges import enter, leave, leave_backward
@@ -48,19 +48,19 @@ def _activate(run: Run, made: dict[str, Any]) -> Tensor:
         return activated
     pair, terms = _gate_and_up(run, outputs), _terms(run, made)
     hidden = torch.empty(pair[0].shape, dtype=pair[0].dtype, device=pair[0].device)
-    sums = run.policy is Policy.KEEP and run.is_differentiable
-    lora_glu(*pair, *terms, run.parts.activation, hidden, sums=sums)
+    lora_glu(*pair, *terms, run.parts.activation, hidden)
     return hidden
 
 
 def _activate_backward(
-    run: Run, outputs: list[Tensor], dhidden: Tensor, term: LowRank | None, overwrite: bool
+    run: Run, made: dict[str, Any], dhidden: Tensor, term: LowRank | None, overwrite: bool
 ) -> list[Tensor]:
     """Gradients of gate and up for dhidden + term, in their memory if `overwrite`; dhidden becomes act(gate) * up."""
+    outputs: list[Tensor] = made["outputs"]
     grads = outputs if overwrite else [torch.empty_like(t) for t in outputs]
     if run.parts.is_gated:
         pairs = *_gate_and_up(run, outputs), *_gate_and_up(run, grads)
-        lora_glu_backward(dhidden, term, *pairs, run.parts.activation)
+        lora_glu_backward(dhidden, term, *pairs, run.parts.activation, *_terms(run, made))
     else:
         kernels_for("activation", dhidden).activate_bwd(dhidden, outputs[0], grads[0], run.parts.activation, True)
     return grads
@@ -99,7 +99,7 @@ def backward(
     dhidden = parts.down.input_grad([dout], dyb, run.seeds["down"], with_adapters=not adds_late)
     a = parts.down.a
     term = LowRank(dyb, a.t()) if adds_late and dyb is not None and a is not None else None
-    dups = _activate_backward(run, made["outputs"], dhidden, term, overwrite)
+    dups = _activate_backward(run, made, dhidden, term, overwrite)
     grads_down = parts.down.adapter_grads([dout], dyb, dhidden, made["xa_down"], run.seeds["down"], needs[n_needs:])
     del dhidden, dout
     dyb = parts.up.low_rank_grad(dups)
@@ -155,8 +155,6 @@ class MLPBlock(torch.autograd.Function):
                 if not parts.is_parallel:
                     run.recomputed, mid = attention_block.forward(run, source, differentiable=True)
                 made |= _up(run, mid, made)
-                if parts.is_gated:
-                    add_low_rank(*_gate_and_up(run, made["outputs"]), *_terms(run, made))
         need_x, need_mid = ctx.needs_input_grad[1:3]
         dx, grads = backward(
             run, mid, made, flat, list(ctx.needs_input_grad[3:]), need_dx=need_x if parts.is_parallel else need_mid,

@@ -39,10 +39,10 @@ def _plus_low_rank(
 def lora_glu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, gx_ptr, gb_ptr, ux_ptr, ub_ptr, n_rows, n, g_row, u_row, y_row,
     gx_row, gb_n, gb_r, ux_row, ub_n, ub_r,
-    ACTIVATION: tl.constexpr, SUMS: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles to a program: of the output, unless ACTIVATION is None, and with SUMS of gate and up."""
+    """TILES tiles to a program."""
     groups = tl.cdiv(n, BLOCK_N * TILES)
     pid = tl.program_id(0)
     rows = (pid // groups).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -51,30 +51,20 @@ def lora_glu_fwd_kernel(
         cols = ((pid % groups) * TILES + i).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_cols = cols < n
         mask = in_rows[:, None] & in_cols[None, :]
-        at_gate = gate_ptr + rows[:, None] * g_row + cols[None, :]
-        at_up = up_ptr + rows[:, None] * u_row + cols[None, :]
-        gate = tl.load(at_gate, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(at_up, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
         up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
         element = gate_ptr.dtype.element_ty
-        if SUMS:
-            # Where a tile is held by more threads than it has numbers, all must have read before one writes.
-            tl.debug_barrier()
-            if GATE_R > 0:
-                tl.store(at_gate, gate.to(element), mask=mask)
-            if UP_R > 0:
-                tl.store(at_up, up.to(element), mask=mask)
-        if ACTIVATION is not None:
-            factor = act(gate, ACTIVATION).to(element).to(tl.float32)
-            tl.store(y_ptr + rows[:, None] * y_row + cols[None, :], (factor * up).to(element), mask=mask)
+        factor = act(gate, ACTIVATION).to(element).to(tl.float32)
+        tl.store(y_ptr + rows[:, None] * y_row + cols[None, :], (factor * up).to(element), mask=mask)
 
 
 @triton.jit
 def lora_glu_bwd_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dx_ptr, db_ptr, n_rows, n,
-    dy_row, g_row, u_row, dg_row, du_row, dx_row, db_n, db_r,
-    ACTIVATION: tl.constexpr, DOWN_R: tl.constexpr,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dx_ptr, db_ptr, gx_ptr, gb_ptr, ux_ptr, ub_ptr, n_rows, n,
+    dy_row, g_row, u_row, dg_row, du_row, dx_row, db_n, db_r, gx_row, gb_n, gb_r, ux_row, ub_n, ub_r,
+    ACTIVATION: tl.constexpr, DOWN_R: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles to a program; each element is read before it is written, so outputs may be gate and up."""
@@ -90,11 +80,13 @@ def lora_glu_bwd_kernel(
         gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
+        gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
+        up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
         dy = _plus_low_rank(dy, dx_ptr, db_ptr, rows, cols, in_rows, in_cols, dx_row, db_n, db_r, DOWN_R, BLOCK_R)
         element = gate_ptr.dtype.element_ty
         factor = act(gate, ACTIVATION).to(element).to(tl.float32)
         dgate = (dy * up).to(element).to(tl.float32) * act_grad(gate, ACTIVATION)
-        # As in the forward.
+        # Where a tile is held by more threads than it has numbers, all must have read before one writes.
         tl.debug_barrier()
         tl.store(dgate_ptr + rows[:, None] * dg_row + cols[None, :], dgate.to(element), mask=mask)
         tl.store(dup_ptr + rows[:, None] * du_row + cols[None, :], (dy * factor).to(element), mask=mask)
@@ -117,20 +109,18 @@ def lora_glu_fwd(
     up: torch.Tensor,
     gate_term: "LowRank | None",
     up_term: "LowRank | None",
-    activation: str | None,
-    out: torch.Tensor | None,
-    sums: bool,
+    activation: str,
+    out: torch.Tensor,
 ) -> None:
-    """Write `out` or gate and up, or all; same contract as `reference_blocks.lora_glu_fwd`."""
+    """Write `out`; same contract as `reference_blocks.lora_glu_fwd`."""
     n_rows, n = gate.shape
     block_m, block_n, warps = TILE
     gx, gb, *g_strides, g_rank = _term(gate_term, gate)
     ux, ub, *u_strides, u_rank = _term(up_term, gate)
-    y = gate if out is None else out
     with on_device_of(gate):
         lora_glu_fwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n * TILES),)](
-            gate, up, y, gx, gb, ux, ub, n_rows, n, gate.stride(0), up.stride(0), y.stride(0),
-            *g_strides, *u_strides, ACTIVATION=activation, SUMS=sums, GATE_R=g_rank, UP_R=u_rank,
+            gate, up, out, gx, gb, ux, ub, n_rows, n, gate.stride(0), up.stride(0), out.stride(0),
+            *g_strides, *u_strides, ACTIVATION=activation, GATE_R=g_rank, UP_R=u_rank,
             BLOCK_R=_block_r(g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, TILES=TILES,
             num_warps=warps,
         )  # fmt: skip
@@ -144,16 +134,20 @@ def lora_glu_bwd(
     dgate: torch.Tensor,
     dup: torch.Tensor,
     activation: str,
+    gate_term: "LowRank | None",
+    up_term: "LowRank | None",
 ) -> None:
     """Write `dgate` and `dup`, and the output into `dy`; same contract as `reference_blocks.lora_glu_bwd`."""
     n_rows, n = gate.shape
     block_m, block_n, warps = TILE
     dx, db, *d_strides, d_rank = _term(dy_term, gate)
+    gx, gb, *g_strides, g_rank = _term(gate_term, gate)
+    ux, ub, *u_strides, u_rank = _term(up_term, gate)
     with on_device_of(gate):
         lora_glu_bwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n * TILES),)](
-            dy, gate, up, dgate, dup, dx, db, n_rows, n,
-            dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), *d_strides,
-            ACTIVATION=activation, DOWN_R=d_rank,
-            BLOCK_R=_block_r(d_rank), BLOCK_M=block_m, BLOCK_N=block_n, TILES=TILES,
+            dy, gate, up, dgate, dup, dx, db, gx, gb, ux, ub, n_rows, n,
+            dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
+            *d_strides, *g_strides, *u_strides, ACTIVATION=activation, DOWN_R=d_rank, GATE_R=g_rank, UP_R=u_rank,
+            BLOCK_R=_block_r(d_rank, g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, TILES=TILES,
             num_warps=warps,
         )  # fmt: skip

@@ -91,26 +91,26 @@ def lora_glu_fwd(
     up: Tensor,
     gate_term: "LowRank | None",
     up_term: "LowRank | None",
-    activation: str | None,
-    out: Tensor | None,
-    sums: bool,
+    activation: str,
+    out: Tensor,
 ) -> None:
-    """`glu_fwd` of gate + x b^T and up + x b^T, the sums in fp32 and rounded to the dtype; gate and up become `sums`.
-
-    Without `out` there is no activation, only sums.
-    """
-    total_gate, total_up = _plus(gate, gate_term), _plus(up, up_term)
-    if out is not None and activation is not None:
-        out.copy_(glu_fwd(total_gate, total_up, activation))
-    if sums:
-        gate.copy_(total_gate)
-        up.copy_(total_up)
+    """`glu_fwd` of gate + x b^T and up + x b^T, the sums in fp32 and rounded to the dtype."""
+    out.copy_(glu_fwd(_plus(gate, gate_term), _plus(up, up_term), activation))
 
 
 def lora_glu_bwd(
-    dy: Tensor, dy_term: "LowRank | None", gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, activation: str
+    dy: Tensor,
+    dy_term: "LowRank | None",
+    gate: Tensor,
+    up: Tensor,
+    dgate: Tensor,
+    dup: Tensor,
+    activation: str,
+    gate_term: "LowRank | None",
+    up_term: "LowRank | None",
 ) -> None:
-    """`glu_bwd` for dy + x b^T; dy becomes the output."""
+    """`glu_bwd` of gate + x b^T and up + x b^T for dy + x b^T; dy becomes the output."""
+    gate, up = _plus(gate, gate_term), _plus(up, up_term)
     # Before the gradients are written, which may be into gate and up.
     y = glu_fwd(gate, up, activation)
     glu_bwd(_plus(dy, dy_term), gate, up, dgate, dup, activation)

@@ -31,20 +31,12 @@ def lora_glu(
     up_term: LowRank | None,
     activation: str,
     out: torch.Tensor,
-    *,
-    sums: bool = False,
 ) -> None:
     """Write act(gate + gate_term) * (up + up_term) into `out`; gate, up and out [T, N] of unit stride in a row.
 
-    The sums are rounded to the dtype, and so is the activation. With `sums`, gate and up become theirs.
+    The sums are rounded to the dtype, and so is the activation.
     """
-    _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, known(activation), out, sums)
-
-
-def add_low_rank(gate: torch.Tensor, up: torch.Tensor, gate_term: LowRank | None, up_term: LowRank | None) -> None:
-    """Make gate and up the sums that `lora_glu` makes of them, to the bit."""
-    if gate_term is not None or up_term is not None:
-        _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, None, None, True)
+    _kernels(gate).lora_glu_fwd(gate, up, gate_term, up_term, known(activation), out)
 
 
 def lora_glu_backward(
@@ -55,9 +47,12 @@ def lora_glu_backward(
     dgate: torch.Tensor,
     dup: torch.Tensor,
     activation: str,
+    gate_term: LowRank | None = None,
+    up_term: LowRank | None = None,
 ) -> None:
     """Write the gradients of gate and up for that of the output, dy + dy_term; dy then becomes the output itself.
 
-    dgate and dup may be gate and up.
+    gate, up and their terms are what `lora_glu` got; reading its sums would cost as much memory and more time to write
+    them. dgate and dup may be gate and up.
     """
-    _kernels(gate).lora_glu_bwd(dy, dy_term, gate, up, dgate, dup, known(activation))
+    _kernels(gate).lora_glu_bwd(dy, dy_term, gate, up, dgate, dup, known(activation), gate_term, up_term)
