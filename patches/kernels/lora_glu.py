@@ -15,9 +15,10 @@ from .rows import cdiv, next_power_of_2
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
 
-# Measured on an H200: rows and columns of a tile, warps; and tiles of the same rows to a program.
-TILE = (16, 128, 4)
-TILES = 4
+# Measured on an H200: rows and columns of a tile, warps. Small tiles leave room for many programs at once, which hides
+# that a product's result and what it is added to lie differently in the registers.
+FORWARD = (32, 64, 2)
+BACKWARD = (32, 32, 2)
 
 
 @triton.jit
@@ -40,24 +41,23 @@ def lora_glu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, gx_ptr, gb_ptr, ux_ptr, ub_ptr, n_rows, n, g_row, u_row, y_row,
     gx_row, gb_n, gb_r, ux_row, ub_n, ub_r,
     ACTIVATION: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles to a program."""
-    groups = tl.cdiv(n, BLOCK_N * TILES)
+    """One tile to a program."""
+    tiles = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
-    rows = (pid // groups).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < n_rows
-    for i in range(TILES):
-        cols = ((pid % groups) * TILES + i).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_cols = cols < n
-        mask = in_rows[:, None] & in_cols[None, :]
-        gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
-        up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
-        element = gate_ptr.dtype.element_ty
-        factor = act(gate, ACTIVATION).to(element).to(tl.float32)
-        tl.store(y_ptr + rows[:, None] * y_row + cols[None, :], (factor * up).to(element), mask=mask)
+    cols = (pid % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_cols = cols < n
+    mask = in_rows[:, None] & in_cols[None, :]
+    gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
+    up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
+    element = gate_ptr.dtype.element_ty
+    factor = act(gate, ACTIVATION).to(element).to(tl.float32)
+    tl.store(y_ptr + rows[:, None] * y_row + cols[None, :], (factor * up).to(element), mask=mask)
 
 
 @triton.jit
@@ -65,32 +65,31 @@ def lora_glu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dx_ptr, db_ptr, gx_ptr, gb_ptr, ux_ptr, ub_ptr, n_rows, n,
     dy_row, g_row, u_row, dg_row, du_row, dx_row, db_n, db_r, gx_row, gb_n, gb_r, ux_row, ub_n, ub_r,
     ACTIVATION: tl.constexpr, DOWN_R: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles to a program; each element is read before it is written, so outputs may be gate and up."""
-    groups = tl.cdiv(n, BLOCK_N * TILES)
+    """One tile to a program; each element is read before it is written, so outputs may be gate and up."""
+    tiles = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
-    rows = (pid // groups).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < n_rows
-    for i in range(TILES):
-        cols = ((pid % groups) * TILES + i).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_cols = cols < n
-        mask = in_rows[:, None] & in_cols[None, :]
-        at_dy = dy_ptr + rows[:, None] * dy_row + cols[None, :]
-        gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
-        gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
-        up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
-        dy = _plus_low_rank(dy, dx_ptr, db_ptr, rows, cols, in_rows, in_cols, dx_row, db_n, db_r, DOWN_R, BLOCK_R)
-        element = gate_ptr.dtype.element_ty
-        factor = act(gate, ACTIVATION).to(element).to(tl.float32)
-        dgate = (dy * up).to(element).to(tl.float32) * act_grad(gate, ACTIVATION)
-        # Where a tile is held by more threads than it has numbers, all must have read before one writes.
-        tl.debug_barrier()
-        tl.store(dgate_ptr + rows[:, None] * dg_row + cols[None, :], dgate.to(element), mask=mask)
-        tl.store(dup_ptr + rows[:, None] * du_row + cols[None, :], (dy * factor).to(element), mask=mask)
-        tl.store(at_dy, (factor * up).to(element), mask=mask)
+    cols = (pid % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_cols = cols < n
+    mask = in_rows[:, None] & in_cols[None, :]
+    at_dy = dy_ptr + rows[:, None] * dy_row + cols[None, :]
+    gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
+    gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
+    up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
+    dy = _plus_low_rank(dy, dx_ptr, db_ptr, rows, cols, in_rows, in_cols, dx_row, db_n, db_r, DOWN_R, BLOCK_R)
+    element = gate_ptr.dtype.element_ty
+    factor = act(gate, ACTIVATION).to(element).to(tl.float32)
+    dgate = (dy * up).to(element).to(tl.float32) * act_grad(gate, ACTIVATION)
+    # Where a tile is held by more threads than it has numbers, all must have read before one writes.
+    tl.debug_barrier()
+    tl.store(dgate_ptr + rows[:, None] * dg_row + cols[None, :], dgate.to(element), mask=mask)
+    tl.store(dup_ptr + rows[:, None] * du_row + cols[None, :], (dy * factor).to(element), mask=mask)
+    tl.store(at_dy, (factor * up).to(element), mask=mask)
 
 
 def _term(term: "LowRank | None", other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int, int, int]:
@@ -114,15 +113,14 @@ def lora_glu_fwd(
 ) -> None:
     """Write `out`; same contract as `reference_blocks.lora_glu_fwd`."""
     n_rows, n = gate.shape
-    block_m, block_n, warps = TILE
+    block_m, block_n, warps = FORWARD
     gx, gb, *g_strides, g_rank = _term(gate_term, gate)
     ux, ub, *u_strides, u_rank = _term(up_term, gate)
     with on_device_of(gate):
-        lora_glu_fwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n * TILES),)](
+        lora_glu_fwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n),)](
             gate, up, out, gx, gb, ux, ub, n_rows, n, gate.stride(0), up.stride(0), out.stride(0),
             *g_strides, *u_strides, ACTIVATION=activation, GATE_R=g_rank, UP_R=u_rank,
-            BLOCK_R=_block_r(g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, TILES=TILES,
-            num_warps=warps,
+            BLOCK_R=_block_r(g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
 
 
@@ -139,15 +137,14 @@ def lora_glu_bwd(
 ) -> None:
     """Write `dgate` and `dup`, and the output into `dy`; same contract as `reference_blocks.lora_glu_bwd`."""
     n_rows, n = gate.shape
-    block_m, block_n, warps = TILE
+    block_m, block_n, warps = BACKWARD
     dx, db, *d_strides, d_rank = _term(dy_term, gate)
     gx, gb, *g_strides, g_rank = _term(gate_term, gate)
     ux, ub, *u_strides, u_rank = _term(up_term, gate)
     with on_device_of(gate):
-        lora_glu_bwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n * TILES),)](
+        lora_glu_bwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n),)](
             dy, gate, up, dgate, dup, dx, db, gx, gb, ux, ub, n_rows, n,
             dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
             *d_strides, *g_strides, *u_strides, ACTIVATION=activation, DOWN_R=d_rank, GATE_R=g_rank, UP_R=u_rank,
-            BLOCK_R=_block_r(d_rank, g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, TILES=TILES,
-            num_warps=warps,
+            BLOCK_R=_block_r(d_rank, g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
