@@ -64,8 +64,12 @@ def _short_walks(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def _is_training(model: torch.nn.Module) -> bool:
-    """Whether `model.train()` would change nothing: all modules are in that mode, and none has its own idea of it."""
-    tree = tree_of(model)
+    """Whether `model.train()` would change nothing: all modules are in that mode, and none has its own idea of it.
+
+    The device has nothing to do until this is answered, so modules that came since the last step are not looked for
+    here, but once the device is busy. New ones are in that mode by themselves.
+    """
+    tree = _trees.get(model) or tree_of(model)
     if tree is None or not model.training or not all(map(_mode, tree.held)):
         return False
     swaps = any(map(dict.get, (vars(model), *tree.held), repeat("_use_kernels")))
@@ -90,9 +94,11 @@ def _training_step(original: Method) -> Method:
 
         vars(model)["train"] = train
         try:
-            return original(self, *args, **kwargs)
+            loss = original(self, *args, **kwargs)
         finally:
             del vars(model)["train"]
+        tree_of(model)
+        return loss
 
     return training_step
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import sloth_plugins
 from sloth_plugins.patches.trainers.bookkeeping import parameters, tree_of
@@ -65,6 +65,26 @@ def test_the_mode_is_set_only_where_it_is_another(tmp_path, walks):
     stock.train()
     assert in_loop == walks.count("train") - 3
     assert "train" not in vars(ours.model)
+
+
+def test_a_module_that_came_in_another_mode_is_brought_back_with_the_next_step(tmp_path):
+    ours = patched(tmp_path)
+    ours.args.max_grad_norm = 0.0  # nobody asks for the parameters
+    layer = ours.model.get_base_model().model.layers[0]
+    modes = []
+
+    class Swapping(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                layer.came = torch.nn.Dropout().eval()
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            modes.append(getattr(layer, "came", layer).training)
+
+    ours.add_callback(Swapping())
+    ours.train()
+    assert modes == [True, False, False]
+    assert layer.came.training
 
 
 def test_a_module_in_another_mode_is_brought_back(tmp_path):
