@@ -6,7 +6,7 @@ import torch
 
 from .budget import Budget
 
-# What the allocator cannot use because of how blocks lie, as a share of the device's memory.
+# What the allocator cannot use because of how blocks lie, as a share of what it may take.
 FRAGMENTATION = 0.03
 
 
@@ -43,7 +43,7 @@ class Cuda:
         """What this process has reserved and what is free, within the fraction that it was given."""
         free, total = torch.cuda.mem_get_info(self.device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
-        return int(min(free + torch.cuda.memory_reserved(self.device), allowed) - FRAGMENTATION * total)
+        return int((1.0 - FRAGMENTATION) * min(free + torch.cuda.memory_reserved(self.device), allowed))
 
     def allocated(self) -> int:
         """What torch has handed out now."""

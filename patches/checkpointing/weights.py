@@ -10,7 +10,7 @@ from ..blocks.run import Parts
 from .bytes import bytes_of
 
 # Of what is left over; the rest is for what nobody has planned.
-SHARE = 0.5
+SHARE = 0.75
 
 
 def made_weights(parts: Parts) -> list[tuple[Group, tuple[Projection, ...]]]:
