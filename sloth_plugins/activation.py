@@ -9,7 +9,7 @@ from multiprocessing import parent_process
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import seams
+from . import seams, segments
 from .errors import SlothError
 from .memory import check_environment
 from .processes import rank
@@ -84,6 +84,8 @@ def activate(selection: str | None = None) -> None:
         _active.selection = parsed
         return
     _active = Activation(parsed)
+    segments.grow()
+    _active.watcher.when_imported("vllm", lambda module: segments.stay())
     atexit.register(_say_if_nothing_came)
     for module in seams.SEAMS:
         _active.watcher.when_imported(module, _module_came)
@@ -114,6 +116,7 @@ def deactivate() -> None:
     global _active
     if _active is not None:
         _active.watcher.stop()
+        segments.stay()
         seams.close_seams()
         atexit.unregister(_say_if_nothing_came)
         _active = None

@@ -199,6 +199,7 @@ def _is_suitable(run: Run, x: Tensor) -> bool:
         not x.is_cuda
         or run.cache is not None
         or run.policy is not Policy.KEEP
+        or not run.may_hold
         or not torch.is_grad_enabled()
         or not saving_is_plain()
     ):
@@ -242,6 +243,12 @@ def graph_for(layer: torch.nn.Module, run: Run, x: Tensor, params: Sequence[torc
     device.bytes += size
     weakref.finalize(seen.graph, _forget, device, size)
     return seen.graph
+
+
+def drop() -> None:
+    """Let go of all graphs, whose memory is free once none waits for its backward."""
+    _seen.clear()
+    _devices.clear()
 
 
 def _forget(device: _Device, size: int) -> None:

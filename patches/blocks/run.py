@@ -80,8 +80,9 @@ class Run:
     `seeds` are those of the dropout masks, one for each projection of the groups in order. `may_overwrite` says that
     saved tensors come back as they are, `is_differentiable` that gradients are wanted at all. `cache` is upstream's
     cache of keys and values, if it is to be filled. `meter` measures, and `host` takes the layer's input and the
-    attention's output, where a planner has set them. `kept`, `parked`, `recomputed` and `x` are what the attention
-    block leaves for later, and its backward finds, under a policy other than KEEP.
+    attention's output, where a planner has set them; one may forbid what holds memory between steps (`may_hold`).
+    `kept`, `parked`, `recomputed` and `x` are what the attention block leaves for later, and its backward finds, under
+    a policy other than KEEP.
     """
 
     parts: Parts
@@ -96,6 +97,7 @@ class Run:
     cache: Any = None
     meter: Meter | None = None
     host: Host | None = None
+    may_hold: bool = True
     kept: dict[str, Any] = field(default_factory=dict)
     parked: Parked | None = None
     recomputed: dict[str, Any] | None = None

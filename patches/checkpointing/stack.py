@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..blocks import graphs
 from ..blocks.policy import Policy, choosing
 from ..blocks.run import Parts, Run
 from . import weights
@@ -55,8 +56,9 @@ class Stack:
         # The plan for the micro-batch that runs, what may be allocated at once, and what was expected to be.
         self.current: Plan | None = None
         self.limit = self.predicted = 0
-        # Bytes of weights that stay and need not be made.
+        # Bytes of weights that stay and need not be made; and whether there is room for graphs, which hold memory.
         self.staying = 0
+        self.is_roomy = False
         self.shape = Shape(0, 0)
         self._index = {id(module): i for i, module in enumerate(self.modules)}
         self._layers: dict[int, Fused | Foreign] = {}
@@ -198,6 +200,7 @@ class Stack:
             self._layers[i] = Fused.of(run, x)
             if isinstance(known, Foreign) or (known is not None and known.kind != self._layers[i].kind):
                 self._plans.clear()
+        run.may_hold = self.is_roomy
         fused = self._layers[i]
         assert isinstance(fused, Fused), "it was made so"
         way = "plain" if run.attention.is_plain else "graph" if run.attention.documents is None else "documents"
@@ -242,6 +245,10 @@ class Stack:
             self.worst = self.current
         # Kept activations save more for a byte, so weights get what these leave over.
         spare = left - self.current.peak if self.current.share == 0.0 else 0
+        # Graphs take about as much as they spare, and what they take is no longer left.
+        was_roomy, self.is_roomy = self.is_roomy, spare > (0 if self.is_roomy else self.current.peak)
+        if was_roomy and not self.is_roomy:
+            graphs.drop()
         self.staying = weights.fit(self._fused(), shape.tokens, int(weights.SHARE * spare))
         self.predicted = self.limit - left + self.current.peak + self.staying
         self.told(self, self.current)

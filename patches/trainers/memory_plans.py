@@ -8,7 +8,6 @@ import torch
 
 from ..checkpointing.backbone import agree, stacks_of
 from ..checkpointing.plan import gib
-from ..checkpointing.segments import growing_segments
 from ..kernels.notices import say_once
 from .out_of_memory import retried
 from .scope import Method, within
@@ -24,8 +23,7 @@ def _training(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     if int(trainer.args.world_size) > 1 and torch.distributed.is_initialized():
         agree(trainer.model, trainer.args.device)
     try:
-        with growing_segments():
-            yield
+        yield
         for stack in stacks_of(trainer.model):
             if stack.worst is not None:
                 say_once(

@@ -6,6 +6,7 @@ from counted import Counted
 from lora_models import FAMILIES, batch, distance, gradients, lora_model
 
 from sloth_plugins import patch, revert
+from sloth_plugins.patches.blocks import decoder_layer, graphs
 from sloth_plugins.patches.blocks.policy import Policy
 from sloth_plugins.patches.checkpointing import backbone
 from sloth_plugins.patches.checkpointing.budget import Budget
@@ -48,6 +49,11 @@ def plan(model, selection="*:blocks,*:checkpointing"):
     return stack
 
 
+def unborn(stack):
+    """Bytes of the gradients that are not there yet."""
+    return sum(p.nbytes for p in stack.trained if p.grad is None)
+
+
 def policies(stack):
     return [option.policy for option in stack.current.options]
 
@@ -61,6 +67,22 @@ def budgets(stack, model, shares):
         predicted.append(stack.predicted)
     full, tight = predicted
     return [Budget("bytes", tight + share * (full - tight)) for share in shares]
+
+
+def test_there_are_graphs_only_while_there_is_room_for_twice_as_much(device, monkeypatch):
+    asked, dropped = [], []
+    monkeypatch.setattr(decoder_layer, "graph_for", lambda layer, run, *rest: asked.append(run.may_hold))
+    monkeypatch.setattr(graphs, "drop", lambda: dropped.append(len(asked)))
+    model = deep(layers=2)
+    stack = plan(model)
+    learning, taken = asked[:2], stack.current.peak
+    assert not any(learning)
+    for room, expected in ((3.0, True), (1.2, True), (0.9, False), (1.2, False), (3.0, True)):
+        del asked[:]
+        stack.budget = Budget("bytes", device.allocated() + unborn(stack) + room * taken)
+        step(model)
+        assert set(asked) == {expected}, room
+    assert len(dropped) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=IDS)

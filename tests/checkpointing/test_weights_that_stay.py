@@ -66,7 +66,8 @@ def test_they_go_where_memory_is_short(made):
     gradients(model)
     (stack,) = backbone._stacks.values()
     full = stack.staying
-    stack.memory.size = stack.memory.allocated() + stack.current.peak + full
+    # Once they are gone, there is room for as much as they took.
+    stack.memory.size = stack.memory.allocated() + stack.current.peak
     assert_same(gradients(model), expected)
     assert 0 < stack.staying <= full // 2
     assert calls

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sloth_plugins import patch
+from sloth_plugins import patch, segments
+from sloth_plugins.patches.blocks import graphs
 from sloth_plugins.patches.blocks.policy import Policy
 from sloth_plugins.patches.checkpointing import backbone
 from sloth_plugins.patches.checkpointing.budget import Budget
@@ -28,12 +29,15 @@ def model():
 
 
 @pytest.fixture
-def stack(model):
+def stack(model, monkeypatch):
+    # What they hold is there between steps.
+    monkeypatch.setenv("SLOTH_GRAPHS", "0")
     for _ in range(3):
         step(model, 4096)
     (found,) = backbone.stacks_of(model)
     yield found
     found.budget, found.host_budget, found.share = Budget(), backbone.host_budget(), 1.0
+    found._plans.clear()
 
 
 def batch(tokens, seed=0):
@@ -85,6 +89,7 @@ def test_gradients_are_those_of_keep_to_the_bit(model, stack):
         assert stack.current.share == 0.0
         for kind, host in (("min", 0), ("min", 2**33)):
             stack.budget, stack.host_budget = Budget(kind), host
+            stack._plans.clear()
             found_loss, found = step(model, 2048)
             assert stack.current.share > 0.9
             assert any(option.on_host for option in stack.current.options) is (host > 0)
@@ -99,6 +104,7 @@ def test_inputs_on_the_host_take_no_memory_of_the_device(model, stack):
     step(model, 4096)
     plain, _ = measured(model, stack, 4096)
     stack.host_budget = 2**33
+    stack._plans.clear()
     step(model, 4096)
     parked, expected = measured(model, stack, 4096)
     assert [option.policy for option in stack.current.options].count(Policy.KEEP) < 12
@@ -110,6 +116,7 @@ def test_a_cap_is_kept(model, stack):
     step(model, 8000)
     step(model, 8000)
     torch.cuda.empty_cache()
+    segments.grow()
     total = torch.cuda.get_device_properties(0).total_memory
     cap = torch.cuda.memory_allocated() + 2 * 2**30
     torch.cuda.set_per_process_memory_fraction(cap / total)
@@ -120,3 +127,20 @@ def test_a_cap_is_kept(model, stack):
         assert torch.cuda.max_memory_reserved() <= cap
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        segments.stay()
+
+
+def test_graphs_are_let_go_where_memory_is_short(model, stack, monkeypatch):
+    monkeypatch.setenv("SLOTH_GRAPHS", "1")
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        step(model, 2048)
+    model.zero_grad()
+    held = torch.cuda.memory_allocated() - before
+    assert graphs._devices
+    assert held > 100 * 2**20
+    stack.budget = Budget("min")
+    step(model, 2048)
+    model.zero_grad()
+    assert not graphs._devices
+    assert torch.cuda.memory_allocated() - before < 0.1 * held
