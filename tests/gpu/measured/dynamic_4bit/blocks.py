@@ -1,8 +1,8 @@
 """Time of a training step with patches where a block's projections are partly in NF4 and partly in bf16.
 
-Eight layers of Llama-3.1-8B's shape, random weights, LoRA on all projections, no gradient checkpointing: all in bf16, all
-in NF4, what the selection chooses at +10 %, and two mixes that are in every layer. A mix should take no longer than the
-slower of the two pure ones. How many layers ran fused is counted, so that no fallback is timed for a block.
+Eight layers of Llama-3.1-8B's shape, random weights, LoRA on all projections, no gradient checkpointing: all in bf16,
+all in NF4, what the selection chooses at +10 %, and two mixes that are in every layer. A mix should take no longer than
+the slower of the two pure ones. How many layers ran fused is counted, so that no fallback is timed for a block.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import logging
 import statistics
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import BitsAndBytesConfig
 from .common import DEVICE, calibrated, parser, record, timed, without_bars
 from .common import Work as Folders
 from .finetune import loaded, with_adapter
-from .shape import LLAMA_8B, TINY, write_model
+from .shape import LLAMA_8B, TINY, readable, write_model
 
 MIXES = {
     "qkv and down in bf16": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"),
@@ -32,7 +33,7 @@ def skip_lists(given: Any, work: Folders, folder: Any) -> dict[str, list[str] | 
     from sloth_plugins.quantization import dynamic_config
 
     with timed(given.results, "blocks: choosing"):
-        chosen = dynamic_config(folder, budget="10%", **calibrated(work, folder, samples=given.samples))
+        chosen = dynamic_config(folder, budget="10%", **calibrated(work, samples=given.samples))
     found: dict[str, list[str] | None] = {"all bf16": None, "all NF4": ["lm_head"]}
     found["as chosen"] = chosen.llm_int8_skip_modules
     for name, leaves in MIXES.items():
@@ -60,7 +61,7 @@ def seconds_of_steps(model: Any, given: Any) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [b - a for a, b in zip(moments, moments[1:], strict=False)]
+    return [b - a for a, b in pairwise(moments)]
 
 
 def counted() -> list[Any]:
@@ -94,7 +95,8 @@ def main() -> None:
     folder = given.work / "models" / ("blocks-tiny" if given.tiny else f"llama-8b-{given.layers}-layers")
     if not (folder / "config.json").is_file():
         with timed(given.results, "blocks: writing random weights"):
-            write_model(folder, TINY if given.tiny else LLAMA_8B, given.layers, work.tokenizer)
+            write_model(folder, TINY if given.tiny else LLAMA_8B, given.layers)
+    folder = readable(folder, work)
     fused = counted()
     for name, skip in skip_lists(given, work, folder).items():
         more = {}

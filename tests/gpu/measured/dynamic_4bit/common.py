@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -80,6 +80,6 @@ def without_bars() -> None:
     progress.progress = unseen
 
 
-def calibrated(work: Work, folder: Path, **options: Any) -> dict[str, Any]:
+def calibrated(work: Work, **options: Any) -> dict[str, Any]:
     """The options by which every part measures a model, so that one measurement serves them all."""
     return {"data": work.calibration, "cache": work.cache, "samples": 64, "length": 512} | options

@@ -1,8 +1,8 @@
 """Held-out KL divergence and perplexity of one model, as every rule would choose within every budget.
 
-Models compute in fp32 (no TF32) with the weights that training sees: rounded to bf16, or NF4 and back. `--truth` adds all
-named scores of `decide` and the slow truth, KL layer by layer, with their correlation. `--loaded` compares what stock
-transformers load by our config with what is computed here.
+Models compute in fp32 (no TF32) with the weights that training sees: rounded to bf16, or NF4 and back. `--truth` adds
+all named scores of `decide` and the slow truth, KL layer by layer, with their correlation. `--loaded` compares what
+stock transformers load by our config with what is computed here.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def as_loaded(given: Any, work: Work, name: str, weights: Weights, model: Any, r
     """Whether stock transformers, told by our config, computes what is measured here."""
     from sloth_plugins.quantization import dynamic_config
 
-    config = dynamic_config(work.model(name), budget="10%", **calibrated(work, work.model(name)))
+    config = dynamic_config(work.model(name), budget="10%", **calibrated(work, samples=given.samples))
     loaded = AutoModelForCausalLM.from_pretrained(
-        work.model(name), quantization_config=config, dtype=torch.bfloat16, device_map={"": DEVICE}
+        work.model(name), quantization_config=config, dtype=torch.bfloat16, device_map={"": str(DEVICE)}
     ).eval()
     weights.keep(set(config.llm_int8_skip_modules))
     ours = model.bfloat16()
@@ -159,7 +159,7 @@ def main() -> None:
 
     work, name = Work(given.work), given.model
     torch.set_float32_matmul_precision("highest")
-    fixed = calibrated(work, work.model(name), samples=given.samples)
+    fixed = calibrated(work, samples=given.samples)
     with timed(given.results, "measuring", model=name):
         measurement = measure(work.model(name), **fixed)
     scores = ["fisher", "relative"]

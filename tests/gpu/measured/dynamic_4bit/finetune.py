@@ -1,4 +1,4 @@
-"""Loss after LoRA fine-tuning on text of another kind (C and C++ headers): 16-bit, NF4, dynamic NF4, and that with each init.
+"""Loss after LoRA fine-tuning on other text (C and C++ headers): 16-bit, NF4, dynamic NF4, and that with each init.
 
 Every variant of a seed sees the same rows in the same order; adapters are on all linear layers, of the same rank. The
 bases are loaded by stock transformers, the inits are what `quantize(..., init=...)` has written.
@@ -37,7 +37,7 @@ def options(text: str | None) -> Any:
 
 
 def loaded(folder: Any, **more: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": DEVICE}, **more)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": str(DEVICE)}, **more)
 
 
 def with_adapter(model: Any, rank: int) -> Any:
@@ -54,7 +54,7 @@ def variant(name: str, work: Work, given: Any) -> Any:
     from sloth_plugins.quantization import dynamic_config, load_with_adapter, quantize
 
     folder = work.model(given.model)
-    measured = calibrated(work, folder, samples=given.samples) | {"budget": BUDGET}
+    measured = calibrated(work, samples=given.samples) | {"budget": BUDGET}
     if name == "16-bit":
         return with_adapter(loaded(folder), given.rank)
     if name == "NF4":
@@ -70,7 +70,7 @@ def variant(name: str, work: Work, given: Any) -> Any:
     init = name.rpartition(" ")[2]
     out = work.folder / "quantised" / f"{given.model}-{init}"
     made = quantize(folder, out, init=init, rank=given.rank, force=True, **measured)
-    return load_with_adapter(made.folder, dtype=torch.bfloat16, device_map={"": DEVICE})
+    return load_with_adapter(made.folder, dtype=torch.bfloat16, device_map={"": str(DEVICE)})
 
 
 def losses(model: Any, rows: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """Whether it pays to choose the base's NF4 scales anew while an adapter trains on it (`requantize_every`, not shipped).
 
 A block of 64 weights has one scale, its largest magnitude. A multiple of it can have a smaller error by what the inputs
-are, E[x^2] of each; and those drift as the adapters below train. Every N steps E[x^2] is measured anew through the model
-with its adapter, and each block takes the multiple whose calibrated error, sum of E[x^2] (W - Q)^2, is the smallest, W
-being the 16-bit weight. Compared: scales as bitsandbytes has them; chosen once before training; chosen every N steps.
+are, E[x^2] of each; and those drift as the adapters below train. Every N steps E[x^2] is measured anew through the
+model with its adapter, and each block takes the multiple whose calibrated error, the sum of E[x^2] (W - Q)^2, is the
+smallest, W being the 16-bit weight. Compared: scales as bitsandbytes has them; chosen once before training; chosen
+every N steps.
 
-The base is NF4 without double quantisation, held dequantised: what bitsandbytes computes, to the bit, which is asserted.
+The base is NF4 without double quantisation, held dequantised, and is compared with what bitsandbytes makes of it.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def drift(model: Any, bases: dict[str, Base]) -> float:
     added = changed = 0.0
     for module in model.modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            added += float((module.lora_B["default"].weight @ module.lora_A["default"].weight).square().sum())
+            added += float((module.lora_B["default"].weight @ module.lora_A["default"].weight).detach().square().sum())
     for base in bases.values():
         changed += float((base.linear.weight.data.float() - base.weight.float()).square().sum())
     return (added / changed) ** 0.5
@@ -167,9 +168,7 @@ def main() -> None:
     work = Work(given.work)
     kept: set[str] = set()
     if given.base == "dynamic":
-        measurement = measure(
-            work.model(given.model), **calibrated(work, work.model(given.model), samples=given.samples)
-        )
+        measurement = measure(work.model(given.model), **calibrated(work, samples=given.samples))
         kept = set(decide(measurement, BUDGET).kept)
     rows = work.rows("tune", given.length + 1)
     held_out = work.rows("tune_held_out", given.length + 1, given.rows)

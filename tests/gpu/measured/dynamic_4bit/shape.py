@@ -1,7 +1,7 @@
 """Time and peak memory of quantising a model of Llama-3.1-8B's shape, random weights, under a cap of GPU memory.
 
-`--write` makes the folder where there is none; of fewer layers with `--layers`, by which a slow machine's time can be told.
-`--device cpu` is the variant for a machine without a GPU: peak memory there is the process's resident set.
+`--write` makes the folder where there is none; of fewer layers with `--layers`, by which a slow machine's time can be
+told. `--device cpu` is the variant for a machine without a GPU. Host memory is the process's largest resident set.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TINY = LLAMA_8B | {
 GIB = 2**30
 
 
-def write_model(folder: Path, sizes: dict[str, Any], layers: int, tokenizer: Path) -> None:
+def write_model(folder: Path, sizes: dict[str, Any], layers: int) -> None:
     """Random bf16 weights, a file for each decoder layer and one for the rest."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(**sizes, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"])
@@ -63,7 +63,19 @@ def write_model(folder: Path, sizes: dict[str, Any], layers: int, tokenizer: Pat
     text = json.dumps({"metadata": sizes_written, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def readable(folder: Path, work: Work) -> Path:
+    """The model's folder, or one beside ours of links to its files where it has no tokenizer."""
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    linked = work.model("shape")
+    shutil.rmtree(linked, ignore_errors=True)
+    linked.mkdir(parents=True)
+    for file in folder.resolve().iterdir():
+        (linked / file.name).symlink_to(file)
+    AutoTokenizer.from_pretrained(work.tokenizer).save_pretrained(linked)
+    return linked
 
 
 def main() -> None:
@@ -83,11 +95,10 @@ def main() -> None:
     work = Work(given.work)
     if given.write and not (given.model / "config.json").is_file():
         with timed(given.results, "writing random weights"):
-            write_model(given.model, TINY if given.tiny else LLAMA_8B, given.layers, work.tokenizer)
+            write_model(given.model, TINY if given.tiny else LLAMA_8B, given.layers)
     if not (given.model / "config.json").is_file():
         raise SystemExit(f"{given.model} is no model's folder; --write makes one of random weights")
-    if not (given.model / "tokenizer.json").is_file():
-        AutoTokenizer.from_pretrained(work.tokenizer).save_pretrained(given.model)
+    model = readable(given.model, work)
     on_card = given.device == "cuda"
     if on_card:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -101,9 +112,9 @@ def main() -> None:
         "layers": json.loads((given.model / "config.json").read_text())["num_hidden_layers"],
     }
     with timed(given.results, "shape: calibration", **kind):
-        measure(given.model, cache=cache, **fixed)
+        measure(model, cache=cache, **fixed)
     with timed(given.results, "shape: choosing and writing", **kind):
-        made = quantize(given.model, out, budget="10%", cache=cache, force=True, **fixed)
+        made = quantize(model, out, budget="10%", cache=cache, force=True, **fixed)
     values = {"cap_gib": given.cap if on_card else None, "tokens": given.samples * given.length}
     values |= {"bytes": made.decision.total, "all_four_bit": made.decision.measurement.all_four_bit}
     values["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,7 +1,6 @@
 """README's tables from the lines of results: `python -m dynamic_4bit.table results.jsonl`.
 
-Intervals are of 95 %, by Student's t over the seeds; those of one model, over rows of held-out text. A later line of the
-same thing stands for an earlier one.
+Intervals are of 95 %, by Student's t over the seeds. A later line of the same thing stands for an earlier one.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def train(model: Any, rows: torch.Tensor, held_out: torch.Tensor, seed: int, giv
     recent: list[float] = []
     done = 0.0
     while done < 1:
-        rate = given.rate * min(1.0, done / 0.03 + 0.01) * (0.5 + 0.5 * math.cos(math.pi * done))
+        rate = given.rate * min(1.0, done / 0.05 + 0.01) * (0.5 + 0.5 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
         total = 0.0
@@ -144,7 +144,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--batch", type=int, default=192, help="rows of a step")
     options.add_argument("--micro", type=int, default=96, help="rows that pass the model at once")
-    options.add_argument("--rate", type=float, default=2e-3)
+    options.add_argument("--rate", type=float, default=1.5e-3)
     options.add_argument("--no-compile", action="store_true")
     given = options.parse_args()
     work = Work(given.work)
