@@ -4,9 +4,9 @@
 #   run.sh WORK RESULTS.jsonl [PART ...]      parts: corpus train evaluate finetune requantize shape blocks table
 #
 # Without parts all of them run, in that order; what a part needs of an earlier one lies in WORK. Nothing is downloaded.
-# On an H200: corpus 45 s, train 3 x 75 s and 30 s to compile, evaluate 70 s, finetune 70 s, requantize 40 s, shape 90 s,
-# blocks 90 s (estimates). Knobs, by the environment: PY, SECONDS_A_SEED, SEEDS, and for each part its own options, as in
-# TRAIN="--batch 256" EVALUATE="--rows 512" FINETUNE="--steps 300" (see each program's --help).
+# What is timed runs alone; evaluate, finetune and requantize have a process for each model, side by side. Knobs in the
+# environment: PY, SEEDS="0 1 2", SECONDS_A_SEED=70, and the options of a part (its --help has them) under its name, as in
+# TRAIN="--batch 256" EVALUATE="--rows 512" FINETUNE="--steps 300".
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,9p' "$0"; exit 2; }
 mkdir -p "$1" "$(dirname "$2")"
@@ -39,10 +39,9 @@ each() {  # "MODEL ..." NAME [option ...]: one process for each model, side by s
 }
 
 [ $# -gt 0 ] || set -- corpus train evaluate finetune requantize shape blocks table
-for name in "$@"; do
-  began=$(date +%s)
-  # shellcheck disable=SC2086  # options are words
-  case $name in
+# shellcheck disable=SC2086  # options are words
+run() {  # NAME
+  case $1 in
     corpus) part corpus ${CORPUS:-} ;;
     train) part train --seeds "${seeds[@]}" --seconds "${SECONDS_A_SEED:-70}" ${TRAIN:-} ;;
     evaluate) each "$models outliers" evaluate ${EVALUATE:-} ;;
@@ -51,7 +50,15 @@ for name in "$@"; do
     shape) part shape --write ${SHAPE:-} ;;
     blocks) part blocks ${BLOCKS:-} ;;
     table) "$py" -m dynamic_4bit.table "$results" ;;
-    *) echo "no part $name; see the first lines of $0" >&2; exit 2 ;;
+    *) echo "no part $1; see the first lines of $0" >&2; return 2 ;;
   esac
-  echo "part $name: $(($(date +%s) - began)) s"
+}
+
+code=0
+for name in "$@"; do
+  began=$(date +%s) how=done
+  # Parts after it may need nothing of one that has failed.
+  run "$name" || { how=FAILED code=1; }
+  echo "part $name: $how after $(($(date +%s) - began)) s"
 done
+exit $code

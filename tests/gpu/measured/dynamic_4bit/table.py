@@ -1,6 +1,7 @@
 """README's tables from the lines of results: `python -m dynamic_4bit.table results.jsonl`.
 
-Intervals are of 95 %, by Student's t over the seeds. A later line of the same thing stands for an earlier one.
+Intervals are of 95 %, by Student's t over the seeds; in a column of one model, over rows of held-out text. A later line
+of the same thing stands for an earlier one.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ def shown(values: Sequence[float], form: str = ".3f", unit: str = "") -> str:
     return f"{mean:{form}}{unit}" + (f" ± {half:{form}}" if half == half else "")
 
 
-def mean_of(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" if values else ""
+def of_one(lines: Sequence[Line]) -> str:
+    """A model's ratio with its interval over rows of text; of several draws the mean."""
+    if len(lines) == 1:
+        return f"{lines[0]['ratio']:.3f} ± {1.96 * lines[0]['ratio_error']:.3f}"
+    return f"{statistics.fmean(line['ratio'] for line in lines):.3f}" if lines else ""
 
 
 def rows(head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
@@ -70,9 +74,12 @@ def selection(of: Callable[[str], list[Line]]) -> None:
     seeds = sorted(name for name in models if is_seed(name))
     others = sorted(name for name in models if not is_seed(name))
 
+    def of_choice(model: str, rule: str, budget: str) -> list[Line]:
+        """One line, or those of all random draws."""
+        return [x for x in lines if (x["model"], x["rule"], x["budget"]) == (model, rule, budget)]
+
     def found(model: str, rule: str, budget: str, key: str) -> list[float]:
-        """One value, or those of all random draws."""
-        return [x[key] for x in lines if (x["model"], x["rule"], x["budget"]) == (model, rule, budget)]
+        return [line[key] for line in of_choice(model, rule, budget)]
 
     def means(rule: str, budget: str, key: str) -> list[float]:
         per_seed = [found(model, rule, budget, key) for model in seeds]
@@ -104,7 +111,7 @@ def selection(of: Callable[[str], list[Line]]) -> None:
                     shown(means(rule, budget, "ratio")),
                     shown(against),
                     shown([100 * value for value in means(rule, budget, "perplexity_change")]),
-                    *(mean_of(found(model, rule, budget, "ratio")) for model in others),
+                    *(of_one(of_choice(model, rule, budget)) for model in others),
                 ]
             )
     head = ["budget", "rule", "bytes, %", "KL / all NF4", "KL / random", "perplexity, %"]
