@@ -7,6 +7,7 @@ of the same thing stands for an earlier one.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -87,7 +88,8 @@ def selection(of: Callable[[str], list[Line]]) -> None:
 
     for name, line in models.items():
         (kl,) = found(name, "all NF4", "0%", "kl")
-        more = f"{line['tokens']} held-out tokens, loss {line['loss_16_bit']:.4f} in 16 bits"
+        loss = line["loss_16_bit"]
+        more = f"{line['tokens']} held-out tokens, loss {loss:.4f}, perplexity {math.exp(loss):.3f} in 16 bits"
         print(f"{name}: KL all in NF4 {kl:.3e}, sum of fisher scores {line['predicted_kl']:.3e}; {more};", end=" ")
         print(f"{line['all_four_bit'] / 1e6:.1f} MB in 4 bits; {line['outliers']} layers with massive inputs")
     print()
