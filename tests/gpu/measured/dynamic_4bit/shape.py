@@ -101,6 +101,7 @@ def main() -> None:
     model = readable(given.model, work)
     on_card = given.device == "cuda"
     if on_card:
+        torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, given.cap * GIB / total))
         torch.cuda.reset_peak_memory_stats()
