@@ -19,6 +19,8 @@ from .watching import Watcher
 if TYPE_CHECKING:
     from .discovery import Plugins
 
+# The patch that counts bytes, and is not on unless named.
+PLANS = "memory_plans"
 # Run with `python -m`, these start training processes or serve a test run; installed commands are told by their folder.
 LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed.", "trl.", "transformers.", "pytest")
 
@@ -80,11 +82,12 @@ def activate(selection: str | None = None) -> None:
     check_environment()
     if parsed.names_something:
         _check_names_now(parsed)
+    if PLANS in parsed.text:
+        segments.grow()
     if _active is not None:
         _active.selection = parsed
         return
     _active = Activation(parsed)
-    segments.grow()
     _active.watcher.when_imported("vllm", lambda module: segments.stay())
     atexit.register(_say_if_nothing_came)
     for module in seams.SEAMS:

@@ -30,9 +30,11 @@ def active():
     activation.deactivate()
 
 
-def test_while_patches_are_active(told, active):
+def test_while_plans_are_active(told, active):
     active("1")
-    active("1")
+    assert told == [""]
+    active("1,trainer:memory_plans")
+    active("1,trainer:memory_plans")
     assert told == ["", "expandable_segments:True"]
     activation.deactivate()
     activation.deactivate()
@@ -45,7 +47,7 @@ def test_not_where_the_flag_is_off(told, active):
 
 
 def test_vllm_has_pools_of_its_own(told, active, monkeypatch, tmp_path):
-    active("1")
+    active("trainer:memory_plans")
     (tmp_path / "vllm.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     import vllm  # noqa: F401 - the import is what is tested

@@ -1,12 +1,10 @@
 """What this package adds to `import torch`: loading and calling its entry point, in CPU time, in fresh processes."""
 
-import statistics
-
 import pytest
 from launching import python
 
 pytestmark = pytest.mark.slow
-STARTS = 15
+STARTS = 5
 PROBE = """
 import importlib.metadata, time
 load = importlib.metadata.EntryPoint.load
@@ -36,6 +34,6 @@ def test_import_torch_costs_next_to_nothing_more(tmp_path):
     for _ in range(STARTS):
         for flag in flags:
             found[flag].append(seconds(tmp_path, flag))
-    medians = {flag: statistics.median(times) for flag, times in found.items()}
-    print({str(flag): f"{1000 * value:.2f} ms" for flag, value in medians.items()})
-    assert {flag: value < flags[flag] for flag, value in medians.items()} == dict.fromkeys(flags, True), medians
+    least = {flag: min(times) for flag, times in found.items()}
+    print({str(flag): f"{1000 * value:.2f} ms" for flag, value in least.items()})
+    assert {flag: value < flags[flag] for flag, value in least.items()} == dict.fromkeys(flags, True), least

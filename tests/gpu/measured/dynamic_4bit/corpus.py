@@ -110,7 +110,7 @@ def encoded(made: Any, part: list[str]) -> np.ndarray:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--megabytes", type=float, default=200, help="of text to train on, at most")
+    options.add_argument("--megabytes", type=float, default=120, help="of text to train on, at most")
     options.add_argument("--tune-megabytes", type=float, default=15, help="of headers to fine-tune on, at most")
     options.add_argument("--held-out-megabytes", type=float, default=3)
     options.add_argument("--vocabulary", type=int, default=8192)

@@ -21,6 +21,7 @@ from .common import DEVICE, Work, parser, record, timed
 OUTLIER_SCALE = 64.0
 OUTLIER_CHANNELS = 8
 CURVE_POINTS = 20
+MOST_SKIPPED = 5
 
 
 def build(given: Any, tokenizer: Any) -> LlamaForCausalLM:
@@ -64,7 +65,7 @@ def train(model: Any, rows: torch.Tensor, held_out: torch.Tensor, seed: int, giv
     held_out_loss(model, held_out[: given.micro], given.micro)
     loss_of(model, rows[: given.micro]).backward()
     optimizer.zero_grad()
-    began, step, at, point = time.perf_counter(), 0, 0, 0
+    began, step, at, point, skipped = time.perf_counter(), 0, 0, 0, 0
     recent: list[float] = []
     done = 0.0
     while done < 1:
@@ -80,17 +81,22 @@ def train(model: Any, rows: torch.Tensor, held_out: torch.Tensor, seed: int, giv
             loss = loss_of(model, part) * given.micro / given.batch
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append(float(total))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step += 1
+        if torch.isfinite(norm):
+            optimizer.step()
+            recent.append(float(total))
+        else:
+            skipped += 1
+            if skipped > MOST_SKIPPED:
+                raise SystemExit(f"seed {seed}: {skipped} of {step} steps had a gradient that is not finite")
+        optimizer.zero_grad()
         elapsed = time.perf_counter() - began
         done = min(1.0, step / given.steps if given.steps else elapsed / given.seconds)
         if done >= (point + 1) / CURVE_POINTS or done == 1:
             point = int(done * CURVE_POINTS)
             values = {"step": step, "tokens": step * given.batch * given.length, "seconds": round(elapsed, 1)}
-            values |= {"train_loss": sum(recent) / len(recent), "share": round(done, 3)}
+            values |= {"train_loss": sum(recent) / max(1, len(recent)), "share": round(done, 3), "skipped": skipped}
             values["held_out_loss"] = held_out_loss(model, held_out, given.micro)
             record(given.results, "curve", seed=seed, **values)
             recent.clear()
@@ -144,7 +150,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--batch", type=int, default=192, help="rows of a step")
     options.add_argument("--micro", type=int, default=96, help="rows that pass the model at once")
-    options.add_argument("--rate", type=float, default=1.5e-3)
+    options.add_argument("--rate", type=float, default=6e-4)
     options.add_argument("--no-compile", action="store_true")
     given = options.parse_args()
     work = Work(given.work)
