@@ -1,7 +1,7 @@
 """One cell of the matrix: a patch of a model type or of a trainer on what is installed, held to stock in every respect.
 
-`python compat/cells.py OUT.jsonl` runs all cells in this process and appends one JSON line for each; cells that the
-file already holds are not run again.
+`python compat/cells.py OUT.jsonl [PART OF]` runs all cells in this process, or those of each OF-th model type from
+PART, and appends one JSON line for each; cells that the file already holds are not run again.
 """
 
 import contextlib
@@ -276,7 +276,13 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
     return list(cells.values())
 
 
-def main(file: Path) -> int:
+def part_of(names: list[tuple[str, str, str]], part: int, of: int) -> list[tuple[str, str, str]]:
+    """The cells of each `of`-th model type from `part`, all of one together: they share its stock runs."""
+    kinds = list(dict.fromkeys(kind for _, kind, _ in names))
+    return [name for name in names if kinds.index(name[1]) % of == part]
+
+
+def main(file: Path, part: int = 0, of: int = 1) -> int:
     """Run the cells that are not in the file yet."""
     import logging
 
@@ -286,9 +292,10 @@ def main(file: Path) -> int:
     logging.disable(logging.WARNING)
     matrix, done = Matrix(), {(cell["model_type"], cell["patch"]) for cell in read_cells(file)}
     if file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n"):
-        file.write_bytes(file.read_bytes().rpartition(b"\n")[0] + b"\n")
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write("\n")  # after a line that was cut off
     parent = os.getppid()
-    for architecture, kind, patch in matrix.names():
+    for architecture, kind, patch in part_of(matrix.names(), part, of):
         if os.getppid() != parent:
             return 1  # whoever started this is gone, and may start another that writes to the same file
         if (kind, patch) not in done:
@@ -299,4 +306,4 @@ def main(file: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))

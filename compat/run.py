@@ -1,19 +1,20 @@
 """Run the compat matrix: `python compat/run.py [--ci] [--check] [--fresh] [--lock] [PIN ...]`, all pins by default.
 
-Cells are run from this project's built wheel, pins side by side as memory allows. What is done stays under
-build/compat, so a run that was interrupted goes on where it stopped. Results go into results.json; with `--check` that
-file stays as it is, and a cell whose verdict differs from it is an error.
+Cells are run from this project's built wheel, in as many processes side by side as memory allows. What is done stays
+under build/compat, so a run that was interrupted goes on where it stopped. Results go into results.json; with `--check`
+that file stays as it is, and a cell whose verdict differs from it is an error.
 """
 
 import argparse
 import difflib
+import functools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from overlays import BUILD, ROOT, OverlayError, Pin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 RESULTS = ROOT / "compat" / "results.json"
-# Resident size of one pin's process, measured 1.1 GiB, with room to spare.
-GIB_PER_PIN = 2.5
+# Resident size of one process, measured 1.1 GiB, with room to spare.
+GIB_PER_PROCESS = 2.5
+# Processes that share the cells of a pin, so that none is left alone with the last one.
+PARTS = 2
 
 Result = dict[str, Any]
 _children: list[subprocess.Popen[bytes]] = []
@@ -33,54 +36,83 @@ _stopping = threading.Event()
 
 
 def workers() -> int:
-    """How many pins run side by side: one for each core, and no more than fit."""
+    """How many processes run side by side: one for each core, and no more than fit."""
     import psutil
 
-    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / 2**30 / GIB_PER_PIN)))
+    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available / 2**30 / GIB_PER_PROCESS)))
 
 
-def expected_cells() -> int:
-    """How many cells a pin has."""
+@functools.cache
+def all_cells() -> list[tuple[str, str, str]]:
+    """(architecture, model type, patch) of every cell that a pin has."""
     from sloth_plugins.discovery import Plugins
 
-    return len(cell_names(Plugins(load_entry_points=False)))
+    return cell_names(Plugins(load_entry_points=False))
 
 
-def run_pin(name: str, pin: Pin, own: Path, key: str, fresh: bool, progress: Progress) -> Result:
-    """Install a pin and run its cells. Raises `OverlayError` if it cannot be installed."""
-    task = progress.add_task(f"{name} installing", total=expected_cells())
-    folder = overlays.overlay(name, pin)
-    variables = overlays.environment(folder, own)
-    found = overlays.versions(variables, own)
-    file = BUILD / "cells" / f"{name}-{key}-{found['transformers']}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        file.unlink(missing_ok=True)
-    log = file.with_suffix(".log")
-    with log.open("wb") as output:
-        command = [sys.executable, str(ROOT / "compat" / "cells.py"), str(file)]
-        if _stopping.is_set():
-            raise OverlayError("stopped")
-        child = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
-        _children.append(child)
-        while child.poll() is None:
-            progress.update(task, completed=len(read_cells(file)), description=name)
-            time.sleep(0.5)
-    if child.returncode:
-        raise OverlayError(f"the cells of {name} ended with {child.returncode}:\n{log.read_text()[-2000:]}")
-    done = read_cells(file)
-    progress.update(task, completed=len(done), description=name)
-    states = [cell["state"] for cell in done]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    progress.console.print(f"transformers {name} ({pin['role']}): {counts}", markup=False)
-    for cell in done:
-        if cell["state"] == "red":
-            progress.console.print(f"  {cell['model_type']} {cell['patch']}: {cell['reason']}", markup=False)
-            progress.console.print(cell["diff"], markup=False) if cell["diff"] else None
-    table: dict[str, dict[str, dict[str, str]]] = {}
-    for cell in done:
-        table.setdefault(cell["model_type"], {})[cell["patch"]] = {"state": cell["state"], "reason": cell["reason"]}
-    return {"role": pin["role"], "code": key, "versions": found, "cells": table}
+class Run:
+    """The cells of one pin; its parts run in threads of their own."""
+
+    def __init__(self, name: str, pin: Pin, own: Path, key: str, fresh: bool, progress: Progress) -> None:
+        self.name, self.pin, self.own, self.key, self.fresh = name, pin, own, key, fresh
+        self.progress, self.task = progress, progress.add_task(name, total=len(all_cells()), visible=False)
+        self._lock = threading.Lock()
+        self._installed: tuple[dict[str, str], dict[str, str], Path] | None = None
+
+    def install(self) -> tuple[dict[str, str], dict[str, str], Path]:
+        """(the environment, versions in it, the file of its cells), made by whoever comes first."""
+        with self._lock:
+            if self._installed is None:
+                self.progress.update(self.task, description=f"{self.name} installing", visible=True)
+                variables = overlays.environment(overlays.overlay(self.name, self.pin), self.own)
+                found = overlays.versions(variables, self.own)
+                file = BUILD / "cells" / f"{self.name}-{self.key}-{found['transformers']}.jsonl"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if self.fresh:
+                    file.unlink(missing_ok=True)
+                self._installed = variables, found, file
+        return self._installed
+
+    def run_part(self, part: int) -> None:
+        """Run some of the cells. Raises `OverlayError` if the pin cannot be installed, or if they break off."""
+        variables, _, file = self.install()
+        log = file.with_suffix(f".{part}.log")
+        with log.open("wb") as output:
+            command = [sys.executable, str(ROOT / "compat" / "cells.py"), str(file), str(part), str(PARTS)]
+            if _stopping.is_set():
+                raise OverlayError("stopped")
+            child = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
+            _children.append(child)
+            while child.poll() is None:
+                self.progress.update(self.task, completed=len(read_cells(file)), description=self.name)
+                time.sleep(0.5)
+        if child.returncode:
+            raise OverlayError(f"the cells of {self.name} ended with {child.returncode}:\n{log.read_text()[-2000:]}")
+
+    def result(self) -> Result:
+        """What its cells have found, which is printed too."""
+        _, found, file = self.install()
+        # In the order of the patches, whoever came first.
+        order = {names[1:]: i for i, names in enumerate(all_cells())}
+        done = sorted(read_cells(file), key=lambda cell: order.get((cell["model_type"], cell["patch"]), len(order)))
+        self.progress.update(self.task, completed=len(done), description=self.name)
+        states = [cell["state"] for cell in done]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        self.progress.console.print(f"transformers {self.name} ({self.pin['role']}): {counts}", markup=False)
+        for cell in done:
+            if cell["state"] == "red":
+                self.progress.console.print(f"  {cell['model_type']} {cell['patch']}: {cell['reason']}", markup=False)
+                self.progress.console.print(cell["diff"], markup=False) if cell["diff"] else None
+        table: dict[str, dict[str, dict[str, str]]] = {}
+        for cell in done:
+            table.setdefault(cell["model_type"], {})[cell["patch"]] = {"state": cell["state"], "reason": cell["reason"]}
+        return {"role": self.pin["role"], "code": self.key, "versions": found, "cells": table}
+
+
+def in_turn(runs: list[Run]) -> list[tuple[Run, int]]:
+    """Parts of two pins by turns, so that while one is installed the other's run."""
+    pairs = [runs[i : i + 2] for i in range(0, len(runs), 2)]
+    return [(run, part) for pair in pairs for part in range(PARTS) for run in pair]
 
 
 def run_pins(wanted: dict[str, Pin], fresh: bool) -> tuple[dict[str, Result], list[str]]:
@@ -91,15 +123,20 @@ def run_pins(wanted: dict[str, Pin], fresh: bool) -> tuple[dict[str, Result], li
     faults: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress, ThreadPoolExecutor(workers()) as pool:
-        futures = {name: pool.submit(run_pin, name, pin, own, key, fresh, progress) for name, pin in wanted.items()}
+        runs = [Run(name, pin, own, key, fresh, progress) for name, pin in wanted.items()]
+        futures: dict[str, list[Future[None]]] = {}
+        for run, part in in_turn(runs):
+            futures.setdefault(run.name, []).append(pool.submit(run.run_part, part))
         try:
-            for name, future in futures.items():
+            for run in runs:
                 try:
-                    results[name] = future.result()
+                    for future in futures[run.name]:
+                        future.result()
+                    results[run.name] = run.result()
                 except OverlayError as error:
                     # That today's newest cannot be installed is news, and no defect of a change.
-                    print(f"transformers {name}: {error}") if name == "latest" else faults.append(
-                        f"transformers {name}: {error}"
+                    print(f"transformers {run.name}: {error}") if run.name == "latest" else faults.append(
+                        f"transformers {run.name}: {error}"
                     )
         except KeyboardInterrupt:
             _stopping.set()

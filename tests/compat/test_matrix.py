@@ -99,6 +99,14 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert [cell["patch"] for cell in run.read_cells(file)] == ["a", "b"]
 
 
+def test_parts_make_a_whole_and_keep_model_types_together():
+    names = cells.cell_names(KNOWN)
+    parts = [cells.part_of(names, part, 3) for part in range(3)]
+    assert sorted(name for part in parts for name in part) == sorted(names)
+    kinds = [{kind for _, kind, _ in part} for part in parts]
+    assert not kinds[0] & kinds[1] | kinds[0] & kinds[2] | kinds[1] & kinds[2]
+
+
 def test_the_lock_holds_the_code_of_every_fingerprint():
     content = lock.read()
     used = {found for known in content["objects"].values() for found in known}
