@@ -1,0 +1,154 @@
+"""One contender on one workload, in a process of its own: training steps through Trainer, timed; one JSON line.
+
+    SLOTH_PLUGINS=1 python -m training.step sloth MODELS/llama-8b-nf4 --checkpointing on --results steps.jsonl
+
+Contenders: hf (Trainer and PEFT), liger, trl, unsloth, and sloth, which is hf's script with the flag set by whoever
+calls. Every step is waited for, so that times are those of single steps. `--lengths` trains rows of mixed lengths.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+WARM_UP = 4
+LORA = {
+    "r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none",
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("contender", choices=["hf", "liger", "trl", "unsloth", "sloth"])
+    options.add_argument("model", type=Path)
+    options.add_argument("--rows", type=int, default=2)
+    options.add_argument("--length", type=int, default=2048)
+    options.add_argument("--lengths", type=int, nargs=2, help="from, to: rows of drawn lengths, one at a time")
+    options.add_argument("--steps", type=int, default=12)
+    options.add_argument("--checkpointing", default="on", help="on, off, or what the contender knows beside")
+    options.add_argument("--cap", type=float, help="GiB that torch may take")
+    options.add_argument("--results", type=Path, required=True)
+    return options.parse_args()
+
+
+def model_of(given: argparse.Namespace) -> Any:
+    if given.contender == "unsloth":
+        from unsloth import FastLanguageModel  # first, as it wants
+
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(0)
+    if given.cap:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(given.cap * GIB / total)
+    longest = given.lengths[1] if given.lengths else given.length
+    if given.contender == "unsloth":
+        model, _ = FastLanguageModel.from_pretrained(
+            str(given.model), max_seq_length=longest, dtype=torch.bfloat16,
+            load_in_4bit=given.model.name.endswith("nf4"),
+        )  # fmt: skip
+        way = {"on": True, "off": False}.get(given.checkpointing, given.checkpointing)
+        return FastLanguageModel.get_peft_model(model, **LORA, random_state=0, use_gradient_checkpointing=way)
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16, device_map={"": 0})
+    model.config.use_cache = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    if given.checkpointing != "off":
+        model.enable_input_require_grads()
+    return model
+
+
+def data_of(given: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
+    import torch
+
+    draw, drawn = torch.Generator().manual_seed(1), random.Random(1)
+    rows = []
+    for _ in range(given.rows * (given.steps if given.lengths else 4)):
+        length = drawn.randint(*given.lengths) if given.lengths else given.length
+        ids = torch.randint(10, vocabulary - 10, (length,), generator=draw)
+        rows.append({"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)})
+    return rows
+
+
+def main() -> None:
+    given = arguments()
+    model = model_of(given)
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.began)
+            if len(seconds) == WARM_UP - 1:
+                torch.cuda.reset_peak_memory_stats()
+
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(round(float(logs["loss"]), 5))
+
+    options: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": given.rows, "max_steps": given.steps,
+        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "optim": "adamw_8bit", "bf16": True, "seed": 0,
+        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }  # fmt: skip
+    if given.checkpointing != "off" and given.contender != "unsloth":
+        options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if given.contender == "liger":
+        options["use_liger_kernel"] = True
+    rows = data_of(given, model.config.vocab_size)
+    if given.contender == "trl":
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        del options["remove_unused_columns"]
+        if given.checkpointing == "offload":
+            options["activation_offloading"] = True
+        table = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
+        trainer: Any = SFTTrainer(
+            model=model, args=SFTConfig(**options, max_length=None), train_dataset=table, callbacks=[Clock()],
+            processing_class=AutoTokenizer.from_pretrained(given.model),
+        )  # fmt: skip
+    else:
+        trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows, callbacks=[Clock()])
+    trainer.train()
+    timed = seconds[WARM_UP:]
+    tokens = given.rows * given.length if not given.lengths else None
+    sizes = [given.rows * len(row["input_ids"]) for row in rows]
+    record = {
+        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()},
+        "model": given.model.name, "flag": os.environ.get("SLOTH_PLUGINS", ""),
+        "memory": os.environ.get("SLOTH_MEMORY", ""), "step_ms": round(1e3 * statistics.median(timed), 1),
+        "from_ms": round(1e3 * min(timed), 1), "to_ms": round(1e3 * max(timed), 1),
+        "tokens_per_second": round(tokens / statistics.median(timed)) if tokens else round(sum(sizes) / sum(seconds)),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2), "losses": losses,
+    }  # fmt: skip
+    with given.results.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    shown = ("contender", "model", "checkpointing", "cap", "step_ms", "from_ms", "to_ms", "peak_gib", "reserved_gib")
+    print(*(f"{name}={record[name]}" for name in shown), "losses", *losses[:3], "...", losses[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
