@@ -25,7 +25,7 @@ Steps = dict[torch.nn.Module, LayerStep]
 PERIOD = 8
 # Steps below which a graph costs more than it saves.
 WORTH = 4
-# Where a forward makes its rotary tables by asking the device how long the rows are, it cannot be captured.
+# Rotary tables that depend on the longest row, about which a forward asks the device.
 _ASKING = ("dynamic", "longrope")
 
 
@@ -55,11 +55,10 @@ def read_layers(model: Any, ids: Tensor) -> Steps:
         hidden: Tensor = given["hidden_states"]
         return hidden
 
-    if ids.is_cuda:
-        for module in model.modules():
-            kind = str(getattr(module, "rope_type", ""))
-            if any(name in kind for name in _ASKING):
-                raise Refused(f"its rotary embedding is of the kind {kind}")
+    for module in model.modules():
+        kind = str(getattr(module, "rope_type", ""))
+        if any(name in kind for name in _ASKING):
+            raise Refused(f"its rotary embedding is of the kind {kind}")
     one = torch.zeros((1, 1), dtype=torch.int64, device=ids.device)
     with substituting(read):
         _logits(model, one, one)

@@ -1,10 +1,17 @@
 """A decoding step as one CUDA graph: a launch for each token, where the host would need thousands."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from ..kernels.notices import say_once
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one for all captures: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
 
 
 def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph | None:
@@ -15,7 +22,7 @@ def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
+        stream = _stream(device)
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
