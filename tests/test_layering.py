@@ -54,6 +54,7 @@ LAYERS = {
         {
             "torch",
             "sloth_plugins.patches.kernels",
+            "sloth_plugins.patches.blocks",
             "sloth_plugins.patches.losses",
             "sloth_plugins.patches.checkpointing",
             "sloth_plugins.patches.generation",

@@ -217,4 +217,5 @@ def _replaying(decoding: _Decoding, left: int) -> Iterator[Any]:
         yield advance
     finally:
         if graph is not None:
+            torch.cuda.synchronize(decoding.device)
             graph.reset()
