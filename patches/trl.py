@@ -19,6 +19,14 @@ FUSED_HEAD = {
 }
 # In 1.15, which no pin pairs since it has no CPU path, and in 1.16.
 FUSED_HEAD_CODE = ("c92759fb12e86212", "ed06b64a6afca47a")
+# Where completions come from `generate` of the unwrapped model: the method, what it gets, its code in 1.15 and in 1.16.
+# Log-probabilities of completions, whose code is the same in GRPO and RLOO, in 1.15 and in 1.16.
+UNPADDED_CODE = ("d72190d114a97935",)
+ROLLOUTS = {
+    "grpo": ("_generate_single_turn", "decoded", ("4b546abea0b529d1", "d9adee74a703af47")),
+    "rloo": ("_generate_single_turn", "decoded", ("c40524c56a203a4f", "4614056f77874978")),
+    "online_dpo": ("_generate", "decoded_online", ("ad226e901d511f7d", "fdf093d82b873cc2")),
+}
 
 
 # Trainers that took in their constructors what their configs take now.
@@ -33,7 +41,32 @@ LEGACY = {
 
 
 def _trainer(name: str, *patches: Patch) -> TrainerSpec:
-    return TrainerSpec(name=f"trl_{name}", family="trl", patches=(*patches, *_legacy(name)))
+    found = (*patches, *_rollouts(name, patches[0].target if patches else ""), *_legacy(name))
+    return TrainerSpec(name=f"trl_{name}", family="trl", patches=found)
+
+
+def _rollouts(name: str, target: str) -> Iterator[Patch]:
+    if name in ROLLOUTS:
+        method, factory, code = ROLLOUTS[name]
+        yield Patch(
+            name="rollout_decoding",
+            target=target,
+            replacement=f"{TRAINERS}.rollouts:{factory}",
+            replaces=(f"{target}.{method} alone",),
+            requires=("trl>=1.15",),
+            fingerprints=code,
+            summary="completions sampled over a static cache, on a GPU a CUDA graph for each token",
+        )
+    if name in ("grpo", "rloo"):
+        yield Patch(
+            name="rollout_unpadded",
+            target=target,
+            replacement=f"{TRAINERS}.unpadded:unpadded",
+            replaces=(f"{target}._get_per_token_logps_and_entropies alone",),
+            requires=("trl>=1.15",),
+            fingerprints=UNPADDED_CODE,
+            summary="log-probabilities of completions without padding, a micro-batch as one row of documents",
+        )
 
 
 def _legacy(name: str) -> Iterator[Patch]:

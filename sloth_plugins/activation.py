@@ -140,12 +140,13 @@ def _trainers_came(module: ModuleType) -> None:
     try:
         from .construction import open_constructors
 
-        open_constructors(module, _known_now(), _selected, lambda line: _say(f"sloth-plugins: {line}"))
+        open_constructors(module, _known_now(), selected, lambda line: _say(f"sloth-plugins: {line}"))
     except Exception as error:  # noqa: BLE001 - as above
         _say(f"sloth-plugins: {module.__name__} is left as it is ({type(error).__name__}: {error})")
 
 
-def _selected() -> Selection | None:
+def selected() -> Selection | None:
+    """What is active now; None where nothing is."""
     return None if _active is None else _active.selection
 
 

@@ -31,6 +31,15 @@ LAYERS = {
         },
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
+    "patches/generation": (
+        {
+            "torch",
+            "sloth_plugins.patches.kernels",
+            "sloth_plugins.patches.blocks",
+            "sloth_plugins.patches.generation",
+        },
+        {"transformers", "peft", "triton", "sloth_plugins"},
+    ),
     "patches/forwards": (
         {
             "torch",
@@ -45,8 +54,10 @@ LAYERS = {
         {
             "torch",
             "sloth_plugins.patches.kernels",
+            "sloth_plugins.patches.blocks",
             "sloth_plugins.patches.losses",
             "sloth_plugins.patches.checkpointing",
+            "sloth_plugins.patches.generation",
             "sloth_plugins.patches.trainers",
         },
         {"transformers", "peft", "triton", "sloth_plugins"},

@@ -12,30 +12,30 @@ from ..kernels.ownership import graph_is_kept
 from .attention import State, attend, attend_backward
 from .edges import enter, leave, leave_backward
 from .policy import Policy
-from .run import Host, Run, rows, stash, unstash
+from .run import Host, Parts, Run, rows, stash, unstash
 
 Tensor = torch.Tensor
 
 
-def _heads(run: Run, outputs: list[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(parts: Parts, outputs: list[Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, S, H, D], k and v [B, S, Hk, D] as views of what the projections gave, separate or as one."""
-    n_q, n_k, dim = run.parts.heads
+    n_q, n_k, dim = parts.heads
     if len(outputs) == 1:
-        q, k, v = torch.split(outputs[0][:, : run.parts.qkv.n], [n_q * dim, n_k * dim, n_k * dim], dim=-1)
+        q, k, v = torch.split(outputs[0][:, : parts.qkv.n], [n_q * dim, n_k * dim, n_k * dim], dim=-1)
     else:
         q, k, v = outputs
     return q.view(*shape, n_q, dim), k.view(*shape, n_k, dim), v.view(*shape, n_k, dim)
 
 
-def _rotate(run: Run, q: Tensor, k: Tensor, made: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def rotate(parts: Parts, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, made: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """q and k as the attention takes them; in place, unless their norms need them as they were."""
-    norms = run.parts.qk_norms
+    norms = parts.qk_norms
     if norms is None:
-        rotated: tuple[Tensor, Tensor] = kernels_for("rope", q, k).rope_fwd(q, k, run.cos, run.sin, 2, True, True)
+        rotated: tuple[Tensor, Tensor] = kernels_for("rope", q, k).rope_fwd(q, k, cos, sin, 2, True, True)
         return rotated
     q_norm, k_norm = norms
     q_out, k_out, made["q_rstd"], made["k_rstd"] = kernels_for("qk_norm_rope", q, k).qk_norm_rope_fwd(
-        q, k, q_norm.weight, k_norm.weight, run.cos, run.sin,
+        q, k, q_norm.weight, k_norm.weight, cos, sin,
         q_norm.eps, k_norm.eps, q_norm.offset, q_norm.cast_before_weight, 2, True,
     )  # fmt: skip
     return q_out, k_out
@@ -62,10 +62,10 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
     parts, flat, kept = run.parts, rows(x), run.kept
     shape = (x.shape[0], x.shape[1])
     made, outputs = enter(parts.qkv, parts.attention_norm, flat, run.seeds["qkv"], kept)
-    q, k, v = _heads(run, outputs, shape)
+    q, k, v = split_heads(parts, outputs, shape)
     if parts.qk_norms is not None:
         made["raw_q"], made["raw_k"] = q, k
-    q, k = _rotate(run, q, k, made)
+    q, k = rotate(parts, run.cos, run.sin, q, k, made)
     if run.cache is not None:
         _fill(run, k, v)
     state: State | None = kept.get("state")
@@ -138,7 +138,7 @@ def _attention_backward(run: Run, made: dict[str, Any], state: State, grad: Tens
     elif norms is None:
         q, k, v = made["q"], made["k"], made["v"]
     else:
-        q, k = _rotate(run, made["raw_q"], made["raw_k"], made)
+        q, k = rotate(run.parts, run.cos, run.sin, made["raw_q"], made["raw_k"], made)
         v = made["v"]
     taken = [grad if t is None else t.transpose(1, 2) for t in (q, k, v)]
     dq, dk, dv = (
@@ -148,7 +148,7 @@ def _attention_backward(run: Run, made: dict[str, Any], state: State, grad: Tens
     n_rows = grad.shape[0] * grad.shape[1]
     if run.parts.qkv.gives_one:
         joint = run.parts.qkv.new_outputs(n_rows, grad.device)
-        to_q, to_k, to_v = _heads(run, [joint], (grad.shape[0], grad.shape[1]))
+        to_q, to_k, to_v = split_heads(run.parts, [joint], (grad.shape[0], grad.shape[1]))
         _unrotate(run, made, dq, dk, (to_q, to_k))
         to_v.copy_(dv)
         return [joint]

@@ -22,8 +22,9 @@ from .graphs import GraphedLayer, graph_for
 from .mlp_block import MLPBlock
 from .policy import Policy, choose, is_checkpointed
 from .projection import Refused
-from .reading import Layout, attention_function, parent_of, read_layer
+from .reading import Layout, attention_function, attention_terms, check_attention, parent_of, read_layer
 from .run import Parts, Run
+from .substitute import substitute
 from .watch import Watch
 
 Forward = Callable[..., Any]
@@ -42,7 +43,8 @@ def returns_tuple(forward: Forward) -> bool:
     raise ValueError(f"the layer returns {' or '.join(sorted(found)) or 'nothing'}, not its hidden states")
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What products of an input like x are computed in here and now."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -67,7 +69,7 @@ def _draw(count: int, device: torch.device) -> list[int]:
     return [zlib.crc32(f"{generator.initial_seed()} {offset} {i}".encode()) >> 1 for i in range(count)]
 
 
-class _without_autocast:
+class without_autocast:
     """Within it, products are in the dtype of what is multiplied: the blocks have cast it. (torch.autocast is slow.)"""
 
     __slots__ = ("kind", "was")
@@ -104,7 +106,7 @@ class _Fused:
 
     def prepare(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, torch.Tensor]:
         """Everything that must be known before the blocks run. Raises `Refused`."""
-        given = self._given(args, kwargs)
+        given = self.given(args, kwargs)
         x, embeddings = given.get("hidden_states"), given.get("position_embeddings")
         if not isinstance(x, torch.Tensor) or x.dim() != 3 or backend_for(x) is None:
             raise Refused("its input is no plain tensor [batch, sequence, features]")
@@ -116,17 +118,15 @@ class _Fused:
             raise Refused("a cache of keys and values is read")
         if given.get("output_attentions"):
             raise Refused("attention weights are asked for")
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         cos, sin = embeddings
         for table in (cos, sin):
             if backend_for(x, table) is None or table.dim() != 3 or table.requires_grad:
                 raise Refused("its rotary embedding is no plain table")
         parts = self._read(layer, x, dtype)
-        attention = self._attention(layer, given)
-        if cos.shape[-1] > parts.heads[2] or cos.shape[-1] % 2:
-            raise Refused(f"a rotary embedding of {cos.shape[-1]} features for heads of {parts.heads[2]}")
-        if parts.qk_norms is not None and cos.shape[-1] != parts.heads[2]:
-            raise Refused("norms of q and k with a partial rotary embedding")
+        module = parent_of(layer, self.layout.o)[1]
+        check_attention(module, parts, cos)
+        attention = self._attention(module, given)
         run = Run(
             parts=parts,
             policy=Policy.KEEP,
@@ -144,9 +144,9 @@ class _Fused:
 
     def is_generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call fills or reads a cache without a gradient, where nobody expects a fused block."""
-        return _cache(self._given(args, kwargs)) is not None and not torch.is_grad_enabled()
+        return _cache(self.given(args, kwargs)) is not None and not torch.is_grad_enabled()
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
@@ -168,22 +168,11 @@ class _Fused:
         del known[READINGS:]
         return parts
 
-    def _attention(self, layer: Any, given: dict[str, Any]) -> Attention:
-        layout, (_, module) = self.layout, parent_of(layer, self.layout.o)
-        if module.training and getattr(module, "attention_dropout", 0.0):
-            raise Refused("its attention has dropout")
+    def _attention(self, module: Any, given: dict[str, Any]) -> Attention:
         function, implementation = attention_function(module)
         keywords = {name: value for name, value in given.items() if name not in OWN}
-        for keyword, attribute, own in (
-            ("sliding_window", layout.sliding_window, "sliding_window"),
-            ("softcap", layout.softcap, "attn_logit_softcapping"),
-        ):
-            if attribute is not None:
-                keywords[keyword] = getattr(module, own, getattr(module.config, attribute, None))
-        scaling = getattr(module, "scaling", None)
-        if scaling is None:
-            raise Refused("its attention has no scaling")
-        attention = Attention(module, function, implementation, given.get("attention_mask"), scaling, keywords)
+        keywords |= attention_terms(module, self.layout)
+        attention = Attention(module, function, implementation, given.get("attention_mask"), module.scaling, keywords)
         if attention.mask is None or not attention.is_sdpa:
             return attention
         rows, window = given["hidden_states"].shape[0], keywords.get("sliding_window")
@@ -197,14 +186,18 @@ class _Fused:
         graph = graph_for(layer, run, x, [*first, *second])
         apply_attention: Any = AttentionBlock.apply
         apply_mlp: Any = MLPBlock.apply
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             if graph is not None:
                 apply_graph: Any = GraphedLayer.apply
                 out = apply_graph(graph, run, x, *first, *second)
-                return (out,) if self.as_tuple else out
+                return self.returned(out)
             parts.copies.refresh()
             mid = apply_attention(run, x, *first)
             out = apply_mlp(run, x, mid, *second)
+        return self.returned(out)
+
+    def returned(self, out: torch.Tensor) -> Any:
+        """Hidden states as upstream's forward returns them."""
         return (out,) if self.as_tuple else out
 
 
@@ -238,6 +231,9 @@ def decoder_layer(original: Forward, layout: Layout) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
+        other = substitute()
+        if other is not None:
+            return fused.returned(other(self, fused.given(args, kwargs)))
         try:
             prepared = fused.prepare(self, args, kwargs)
         except Refused as refused:
@@ -262,7 +258,14 @@ def decoder_layer(original: Forward, layout: Layout) -> Forward:
             setattr(self, _CHECKPOINT, held)
 
     forward.methods = {"__call__": __call__}  # type: ignore[attr-defined]  # `resolving.bind` reads it
+    forward.layout = layout  # type: ignore[attr-defined]  # `layout_of` reads it
     return forward
+
+
+def layout_of(module: torch.nn.Module) -> Layout | None:
+    """The layout of a layer that has our forward."""
+    found: Layout | None = getattr(type(module).forward, "layout", None)
+    return found
 
 
 def _owner(kind: type, method: Any) -> Any:

@@ -12,14 +12,15 @@ from ..kernels.ownership import graph_is_kept
 from . import attention_block
 from .edges import enter, leave, leave_backward
 from .policy import Policy
-from .run import Run, rows, stash, unstash
+from .run import Parts, Run, rows, stash, unstash
 
 Tensor = torch.Tensor
 
 
-def _gate_and_up(run: Run, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def gate_and_up(parts: Parts, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Both [T, f] as views of what the projections gave, separate or as one."""
     if len(outputs) == 1:
-        gate, up = outputs[0][:, : run.parts.up.n].chunk(2, dim=-1)
+        gate, up = outputs[0][:, : parts.up.n].chunk(2, dim=-1)
         return gate, up
     return outputs[0], outputs[1]
 
@@ -46,7 +47,7 @@ def _activate(run: Run, made: dict[str, Any]) -> Tensor:
     if not run.parts.is_gated:
         activated: Tensor = kernels_for("activation", outputs[0]).activate_fwd(outputs[0], run.parts.activation)
         return activated
-    pair, terms = _gate_and_up(run, outputs), _terms(run, made)
+    pair, terms = gate_and_up(run.parts, outputs), _terms(run, made)
     hidden = torch.empty(pair[0].shape, dtype=pair[0].dtype, device=pair[0].device)
     lora_glu(*pair, *terms, run.parts.activation, hidden)
     return hidden
@@ -59,7 +60,7 @@ def _activate_backward(
     outputs: list[Tensor] = made["outputs"]
     grads = outputs if overwrite else [torch.empty_like(t) for t in outputs]
     if run.parts.is_gated:
-        pairs = *_gate_and_up(run, outputs), *_gate_and_up(run, grads)
+        pairs = *gate_and_up(run.parts, outputs), *gate_and_up(run.parts, grads)
         lora_glu_backward(dhidden, term, *pairs, run.parts.activation, *_terms(run, made))
     else:
         kernels_for("activation", dhidden).activate_bwd(dhidden, outputs[0], grads[0], run.parts.activation, True)

@@ -121,10 +121,10 @@ def _check_tensor(tensor: torch.Tensor, name: str, device: torch.device) -> None
         raise Refused(f"{name} is on {tensor.device}, the input on {device}")
 
 
-def check_frozen(tensor: torch.Tensor, name: str, device: torch.device) -> None:
-    """Raise `Refused` unless a tensor of the base is plain, frozen and on the device."""
+def check_frozen(tensor: torch.Tensor, name: str, device: torch.device, *, inference: bool = False) -> None:
+    """Raise `Refused` unless a tensor of the base is plain, on the device and, but in `inference`, frozen."""
     _check_tensor(tensor, name, device)
-    if tensor.requires_grad:
+    if tensor.requires_grad and not inference:
         raise Refused(f"{name} is trained")
     if tensor.dtype not in _DTYPES:
         raise Refused(f"{name} is in {tensor.dtype}")
@@ -149,7 +149,9 @@ def _four_bit_of(module: Any, name: str) -> FourBit:
     return read
 
 
-def _base(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> tuple[torch.Tensor | FourBit, Any]:
+def _base(
+    module: Any, name: str, x: torch.Tensor, compute: torch.dtype, inference: bool
+) -> tuple[torch.Tensor | FourBit, Any]:
     """The weight and bias of a module without adapters."""
     kind = _kind(type(module))
     if kind not in ("dense", "four_bit"):
@@ -159,9 +161,9 @@ def _base(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> tupl
     if weight is None:
         raise Refused(f"the weight of {name} is parametrised")
     if bias is not None:
-        check_frozen(bias, f"the bias of {name}", x.device)
+        check_frozen(bias, f"the bias of {name}", x.device, inference=inference)
     if kind == "dense":
-        check_frozen(weight, f"the weight of {name}", x.device)
+        check_frozen(weight, f"the weight of {name}", x.device, inference=inference)
         if weight.dtype is not compute and not torch.is_autocast_enabled(x.device.type):
             raise Refused(f"the weight of {name} is in {weight.dtype}, its input in {compute}")
         if weight.shape != (module.out_features, module.in_features):
@@ -186,7 +188,7 @@ def _base(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> tupl
     return four_bit, bias
 
 
-def _adapter(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> Adapter | None:
+def _adapter(module: Any, name: str, x: torch.Tensor, compute: torch.dtype, inference: bool) -> Adapter | None:
     if module.merged:
         raise Refused(f"the adapter of {name} is merged")
     if module.disable_adapters:
@@ -216,7 +218,7 @@ def _adapter(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> A
         _check_tensor(tensor, f"the adapter of {name}", x.device)
         if tensor.dtype not in _DTYPES:
             raise Refused(f"the adapter of {name} is in {tensor.dtype}")
-        if tensor.dtype is not compute and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype is not compute and not inference and not torch.is_autocast_enabled(x.device.type):
             raise Refused(f"the adapter of {name} is in {tensor.dtype}, its input in {compute}, without autocast")
     dropout = module.lora_dropout[adapter]
     if type(dropout) not in (torch.nn.Identity, torch.nn.Dropout):
@@ -229,17 +231,22 @@ def _adapter(module: Any, name: str, x: torch.Tensor, compute: torch.dtype) -> A
     return Adapter(a, b, float(scale), p)
 
 
-def read(module: torch.nn.Module, name: str, x: torch.Tensor, compute: torch.dtype) -> Projection:
-    """Read a projection for an input like `x` that is computed with in `compute`. Raises `Refused`."""
+def read(
+    module: torch.nn.Module, name: str, x: torch.Tensor, compute: torch.dtype, *, inference: bool = False
+) -> Projection:
+    """Read a projection for an input like `x` that is computed with in `compute`. Raises `Refused`.
+
+    In `inference` nothing is differentiated: base weights may be trained, and adapters may have a dtype of their own.
+    """
     adapter = None
     base: Any = module
     if _kind(type(module)) == "lora":
         check_call(module, name)
         base = module.base_layer
-        adapter = _adapter(module, name, x, compute)
+        adapter = _adapter(module, name, x, compute, inference)
         if base.__class__.__name__ == "Linear" and getattr(module, "fan_in_fan_out", False):
             raise Refused(f"{name} keeps its weight transposed")
-    weight, bias = _base(base, name, x, compute)
+    weight, bias = _base(base, name, x, compute, inference)
     shape = (base.out_features, base.in_features)
     if adapter is not None:
         a, b = adapter.a, adapter.b

@@ -88,7 +88,9 @@ def _own(module: torch.nn.Module, name: str, layout: Layout) -> torch.nn.Module:
     return module
 
 
-def _norm(layer: torch.nn.Module, path: str | None, layout: Layout, features: int, device: torch.device) -> Norm | None:
+def _norm(
+    layer: torch.nn.Module, path: str | None, layout: Layout, features: int, device: torch.device, inference: bool
+) -> Norm | None:
     if path is None:
         return None
     norm = _own(_get(layer, path), path, layout)
@@ -97,7 +99,7 @@ def _norm(layer: torch.nn.Module, path: str | None, layout: Layout, features: in
         raise Refused(f"{path} has no weight")
     for tensor in (weight, bias):
         if tensor is not None:
-            check_frozen(tensor, path, device)
+            check_frozen(tensor, path, device, inference=inference)
             if tensor.shape != (features,):
                 raise Refused(f"{path} has shape {tuple(tensor.shape)} for {features} features")
     eps: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
@@ -157,12 +159,21 @@ def _check_sizes(hidden: int, layout: Layout, qkv: Group, o: Group, up: Group, d
                 raise Refused(f"a projection of shape {projection.shape} does not fit {hidden} features")
 
 
-def _group(layer: torch.nn.Module, paths: Sequence[str | None], x: torch.Tensor, dtype: torch.dtype) -> Group:
-    return group_of([read(_get(layer, path), path, x, dtype) for path in paths if path is not None], dtype)
+def _group(
+    layer: torch.nn.Module, paths: Sequence[str | None], x: torch.Tensor, dtype: torch.dtype, inference: bool
+) -> Group:
+    found = [read(_get(layer, path), path, x, dtype, inference=inference) for path in paths if path is not None]
+    return group_of(found, dtype)
 
 
-def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: torch.dtype) -> Parts:
-    """What the layer computes for an input like x [B, S, h], products being in `dtype`. Raises `Refused`."""
+def read_layer(
+    layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: torch.dtype, *, inference: bool = False
+) -> Parts:
+    """What the layer computes for an input like x [B, S, h], products being in `dtype`. Raises `Refused`.
+
+    In `inference` nothing is differentiated: weights may be trained, and copies of adapters keep the adapters' dtype
+    where autocast does not give them another.
+    """
     if x.shape[-1] > MAX_HIDDEN:
         raise Refused(f"a hidden size of {x.shape[-1]} is more than {MAX_HIDDEN}")
     attention, mlp = parent_of(layer, layout.o), parent_of(layer, layout.down)
@@ -171,10 +182,11 @@ def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: t
         _own(module, name, layout)
         if any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values()):
             raise Refused(f"{name} has parameters of its own that are trained")
-    qkv = _group(layer, (layout.qkv, layout.q, layout.k, layout.v), x, dtype)
-    o = _group(layer, (layout.o,), x, dtype)
-    up = _group(layer, (layout.gate_up, layout.gate, layout.up), x, dtype)
-    down = _group(layer, (layout.down,), x, dtype)
+    group = functools.partial(_group, layer, x=x, dtype=dtype, inference=inference)
+    qkv = group((layout.qkv, layout.q, layout.k, layout.v))
+    o = group((layout.o,))
+    up = group((layout.gate_up, layout.gate, layout.up))
+    down = group((layout.down,))
     activation = next((getattr(mlp[1], name) for name in ACTIVATION_NAMES if hasattr(mlp[1], name)), None)
     known = activation_of(activation)
     if known is None:
@@ -182,7 +194,7 @@ def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: t
         raise Refused(f"the activation is {kind}, which is not known or not upstream's as it stands")
     heads = _heads(attention[1], qkv, o)
     _check_sizes(x.shape[-1], layout, qkv, o, up, down)
-    norm = functools.partial(_norm, layer, layout=layout, device=x.device)
+    norm = functools.partial(_norm, layer, layout=layout, device=x.device, inference=inference)
     attention_norm = norm(layout.attention_norm, features=x.shape[-1])
     q_norm, k_norm = norm(layout.q_norm, features=heads[2]), norm(layout.k_norm, features=heads[2])
     if attention_norm is None:
@@ -202,8 +214,16 @@ def read_layer(layer: torch.nn.Module, layout: Layout, x: torch.Tensor, dtype: t
         activation=known,
         is_gated=layout.gate is not None or layout.gate_up is not None,
         is_parallel=layout.residual == "parallel",
-        copies=AdapterCopies((qkv, o, up, down), dtype),
+        copies=AdapterCopies((qkv, o, up, down), _adapter_dtype((qkv, o, up, down), x, dtype) if inference else dtype),
     )
+
+
+def _adapter_dtype(groups: Sequence[Group], x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What peft computes the low-rank terms in: the adapters' own dtype, without autocast."""
+    if not torch.is_autocast_enabled(x.device.type):
+        for adapter in (adapter for group in groups for adapter in group.present()):
+            dtype = torch.promote_types(dtype, torch.promote_types(adapter.a.dtype, adapter.b.dtype))
+    return dtype
 
 
 def attention_function(attention: torch.nn.Module) -> tuple[Any, str]:
@@ -222,3 +242,27 @@ def attention_function(attention: torch.nn.Module) -> tuple[Any, str]:
         raise Refused(f"attn_implementation {implementation!r} is not installed") from None
     # Under upstream's name there may be somebody else's function, which must be called for what it does.
     return function, implementation if code_home(function).partition(".")[0] == "transformers" else "custom"
+
+
+def attention_terms(attention: torch.nn.Module, layout: Layout) -> dict[str, Any]:
+    """The window and the softcap of an attention, by the names that upstream's functions take them under."""
+    terms = {}
+    for keyword, attribute, own in (
+        ("sliding_window", layout.sliding_window, "sliding_window"),
+        ("softcap", layout.softcap, "attn_logit_softcapping"),
+    ):
+        if attribute is not None:
+            terms[keyword] = getattr(attention, own, getattr(attention.config, attribute, None))
+    return terms
+
+
+def check_attention(attention: Any, parts: Parts, cos: torch.Tensor) -> None:
+    """Raise `Refused` for dropout, or for a rotary embedding that does not fit the heads."""
+    if attention.training and getattr(attention, "attention_dropout", 0.0):
+        raise Refused("its attention has dropout")
+    if getattr(attention, "scaling", None) is None:
+        raise Refused("its attention has no scaling")
+    if cos.shape[-1] > parts.heads[2] or cos.shape[-1] % 2:
+        raise Refused(f"a rotary embedding of {cos.shape[-1]} features for heads of {parts.heads[2]}")
+    if parts.qk_norms is not None and cos.shape[-1] != parts.heads[2]:
+        raise Refused("norms of q and k with a partial rotary embedding")

@@ -1,4 +1,4 @@
-"""`model.fast_generate`: transformers' `generate` for texts or tokens, with sampling parameters by vLLM's names."""
+"""`model.fast_generate`: `generate` for texts or tokens, with sampling parameters by vLLM's names, on fused layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SlothError, nearest
+from .decoding import fast
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +59,8 @@ def fast_generate(
     was_training = model.training
     model.eval()
     try:
-        made = model.generate(
-            input_ids=ids, attention_mask=mask, **{"pad_token_id": padding, "use_cache": True, **given}
-        )
+        with fast(model) as generate:
+            made = generate(input_ids=ids, attention_mask=mask, **{"pad_token_id": padding, "use_cache": True, **given})
     finally:
         model.train(was_training)
     results: list[Any] = [_until(row, ends) for row in made[:, width:].tolist()]
