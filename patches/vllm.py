@@ -28,6 +28,17 @@ def sloth_trainers() -> list[TrainerSpec]:
         status=TRIED,
         summary="the adapter goes to vLLM as an adapter; TRL merges it into the base and loads all weights",
     )
+    shared = Patch(
+        name="vllm_shared_weights",
+        target=GENERATION,
+        replacement=f"{ROLLOUTS}.sharing:shared",
+        replaces=(f"{GENERATION}._init_vllm alone",),
+        requires=("trl>=1.13",),
+        status=TRIED,
+        # One tensor with two owners is for who knows that nobody merges into it.
+        default=False,
+        summary="trainer and colocated vLLM have one base, not two",
+    )
     told = Patch(
         name="rollout_rescue",
         target=GENERATION,
@@ -44,6 +55,6 @@ def sloth_trainers() -> list[TrainerSpec]:
         summary="a step that fails leaves a checkpoint of the state before it",
     )
     return [
-        TrainerSpec(name="trl_vllm", family="trl", patches=(dtype, swap, told)),
+        TrainerSpec(name="trl_vllm", family="trl", patches=(dtype, swap, shared, told)),
         TrainerSpec(name="trl_base", family="trl", patches=(rescued,)),
     ]

@@ -23,7 +23,7 @@ def serve(llm: Any) -> None:
     """Have an engine (`vllm.LLM`, started with adapters enabled) serve those that it takes."""
     kind: Any = type(llm)
     llm.__class__ = _serving(kind)
-    model = llm.apply_model(_itself)[0]
+    model = llm.apply_model(itself)[0]
     llm._load_weights = model.load_weights
     # Who merges the adapter and loads the result, as TRL does once the patch is reverted, is served as ever.
     model.load_weights = llm._loaded
@@ -53,7 +53,7 @@ def _serving(kind: Any) -> Any:
             name = f"policy-{self._given}"
             # The path is not read, since the adapter is in memory when it is asked for.
             request = LoRARequest(name, self._given, f"memory:{name}")
-            manager = self.collective_rpc(_itself)[0].model_runner.lora_manager
+            manager = self.collective_rpc(itself)[0].model_runner.lora_manager
             try:
                 _register(manager, request.lora_int_id, adapter)
                 self.llm_engine.add_lora(request)
@@ -65,11 +65,11 @@ def _serving(kind: Any) -> Any:
 
         def load_base(self, params: Iterable[Named]) -> str | None:
             """Give the engine the base that is trained; returns why that cannot be done, or None."""
-            model = self.apply_model(_itself)[0]
+            model = self.apply_model(itself)[0]
             packed = next((name for name, p in model.named_parameters() if p.numel() == 0), None)
             if packed is not None:
                 return f"vLLM has packed {packed.removesuffix('.base_layer.weight')} into a layout of its own"
-            self._load_weights(params)
+            self._load_weights((name, param.data) for name, param in params)
             self.holds_base = True
             return None
 
@@ -83,8 +83,8 @@ def _serving(kind: Any) -> Any:
     return ServingLLM
 
 
-def _itself(found: Any) -> Any:
-    """What vLLM runs on a model or a worker of this process, to get at it."""
+def itself(found: Any) -> Any:
+    """The argument: what vLLM runs on a model or a worker of this process, to get at it."""
     return found
 
 
@@ -94,7 +94,8 @@ def _mapper(model: Any) -> Any:
     return None if mapper is None else mapper.get_rename_mapper()
 
 
-def _renaming(model: Any) -> Callable[[str], str]:
+def renaming(model: Any) -> Callable[[str], str]:
+    """From names in transformers' model to those in vLLM's."""
     mapper = _mapper(model)
     return (lambda name: name) if mapper is None else (lambda name: mapper._map_name(name) or name)
 
@@ -110,7 +111,7 @@ def _register(worker_manager: Any, identity: int, adapter: Adapter) -> None:
     from vllm.lora.peft_helper import PEFTHelper
 
     manager = worker_manager._adapter_manager
-    rename, targets = _renaming(manager.model), _targets(manager)
+    rename, targets = renaming(manager.model), _targets(manager)
     unknown = [module for module in adapter.modules if rename(module) not in targets]
     if unknown:
         raise ValueError(f"{unknown[0]} cannot have an adapter in vLLM's {type(manager.model).__name__}")
@@ -128,8 +129,8 @@ def _register(worker_manager: Any, identity: int, adapter: Adapter) -> None:
     manager.add_adapter(lora)
 
 
-def base_of(model: Any) -> Iterator[Named]:
+def base_of(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The weights under an adapter, by their names without PEFT."""
     for name, param in model.named_parameters():
         if model.prefix not in name:
-            yield name.removeprefix(PREFIX).replace(".base_layer", ""), param.data
+            yield name.removeprefix(PREFIX).replace(".base_layer", ""), param

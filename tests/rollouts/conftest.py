@@ -3,12 +3,14 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from install_vllm import FOLDER, PYTHON, is_installed
 from paths import ROOT
 
 HERE = ROOT / "tests" / "rollouts"
+sys.path.insert(0, str(ROOT / "compat"))
 
 
 @pytest.fixture(scope="session")

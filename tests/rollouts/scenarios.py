@@ -23,15 +23,18 @@ from trl.generation import vllm_client, vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from vllm import SamplingParams, _custom_ops
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import registry
 
 import sloth_plugins
 from sloth_plugins.patches.kernels import notices
-from sloth_plugins.patches.rollouts import adapter, swap
+from sloth_plugins.patches.rollouts import adapter, engine, swap
 from sloth_plugins.patches.rollouts.files import AdapterFolder
 from sloth_plugins.patches.rollouts.rescue import RolloutError
 
 # Compiling takes longer than all that is done here.
 vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True)
+# vLLM looks at a class of models in a process that imports all of it anew.
+registry._run_in_subprocess = lambda look: look()
 PATTERNS = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}}
 
 
@@ -43,7 +46,7 @@ def plain_layout():
 
 def network(folder, **config):
     transformers.set_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     tokens = {"vocab_size": trainers.VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     made = {"model_type": "llama", "initializer_range": 0.2, **sizes, **heads, **tokens, **config}
@@ -163,6 +166,56 @@ def swaps(folder):
     found["reverted and synced"] = distance(model, rolling.generate(prompts(), None, 1))
     found["said"] = said()
     tick("revert")
+    return found
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma3_text": {"query_pre_attn_scalar": 32, "vocab_size": trainers.VOCABULARY + 3},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+def sharing(folder, family):
+    """One base for a model and an engine: edits on either side, a swap, saving, and who loads weights."""
+    plain_layout()
+    sloth_plugins.activate("trl,trl:vllm_shared_weights")
+    model = adapted(folder / "model", tuple({"model_type": family, **FAMILIES[family]}.items())).eval()
+    before = copies(model)
+    rolling = rollouts(model)
+    theirs = rolling.llm.apply_model(engine.itself)[0]
+    spans = [(p.data_ptr(), p.data_ptr() + p.nbytes) for p in theirs.parameters()]
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    inside = [any(start <= p.data_ptr() and p.data_ptr() + p.nbytes <= end for start, end in spans) for p in base]
+    found = {"inside": sum(inside), "of": len(inside), "changed": changed(model, before)}
+    stir(model, 1)
+    rolling.sync_weights()
+    found["shared"] = distance(model, rolling.generate(prompts()[:3], None, 1))
+    held = rolling.generate(prompts()[:3], None, 1)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith(("model.norm.weight", "1.mlp.down_proj.base_layer.weight")):
+                param.mul_(-1.5)
+    found["edit here"] = distance(model, rolling.generate(prompts()[:3], None, 1))
+    found["edit is seen"] = distance(model, held)
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            # One that is there by itself, one of the fused ones.
+            if name.endswith(("model.norm.weight", "0.self_attn.qkv_proj.base_layer.weight")):
+                param.mul_(0.7)
+    found["edit there"] = distance(model, rolling.generate(prompts()[:3], None, 1))
+    model.get_base_model().save_pretrained(folder / "saved")
+    held = copies(model)
+    sloth_plugins.revert(model)
+    stir(model, 2)
+    rolling.sync_weights()
+    found["loaded"] = distance(model, rolling.generate(prompts()[:3], None, 1))
+    found["moved"] = max(float((p - held[n]).abs().max()) for n, p in model.named_parameters() if "lora_" not in n)
+    found["inside then"] = sum(any(start <= p.data_ptr() < end for start, end in spans) for p in base)
+    found["said"] = said()
     return found
 
 
@@ -298,3 +351,37 @@ def grpo(folder, selection, layout="plain", **options):
         "dtype": str(trainer.vllm_generation.llm.llm_engine.model_config.dtype),
         "said": said(),
     }
+
+
+def lonely(folder):
+    """GRPO by two processes, of which the second dies in the second step."""
+    plain_layout()
+    network(folder / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    other = os.fork()
+    rank = 0 if other else 1
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    try:
+        sloth_plugins.activate("trl")
+        trainer = grpo_trainer(folder, max_steps=3)
+
+        def reward(completions, **given):
+            if rank == 1 and trainer.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trainers.reward(completions)
+
+        trainer.reward_funcs = [reward]
+        trainer.train()
+    except Exception as error:  # noqa: BLE001 - whatever a process says whose other one is gone
+        found = {
+            "error": type(error).__name__,
+            "saved": sorted(p.name for p in (folder / "out" / "checkpoint-1").iterdir()),
+        }
+    finally:
+        if rank == 1:
+            os._exit(1)
+    os.waitpid(other, 0)
+    return found
