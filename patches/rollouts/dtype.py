@@ -19,7 +19,10 @@ def alike(generation: type) -> dict[str, Method]:
 
 def refusal(generation: Any) -> str | None:
     """Why vLLM is not told, or None."""
-    return None if generation.mode == "colocate" else "a server has chosen its own dtype"
+    if generation.mode != "colocate":
+        return "a server has chosen its own dtype"
+    is_plain = all(torch.is_floating_point(p) for p in generation.model.parameters())
+    return None if is_plain else "the base is quantised, and what is not may have another dtype"
 
 
 alike.refuses = refusal  # type: ignore[attr-defined]  # where the runtime looks

@@ -58,6 +58,7 @@ def _serving(kind: Any) -> Any:
                 _register(manager, request.lora_int_id, adapter)
                 self.llm_engine.add_lora(request)
             except (ValueError, RuntimeError) as error:
+                self.llm_engine.remove_lora(request.lora_int_id)
                 raise AdapterRefused(str(error)) from error
             before, self.request = self.request, request
             if before is not None:

@@ -59,10 +59,10 @@ def _init_vllm(original: Method) -> Method:
 def _load_base(generation: Any) -> None:
     """Once, since what vLLM has read from disk need not be what the trainer has in memory."""
     model = generation.model
-    if all(torch.is_floating_point(p) for p in model.parameters()):
-        reason = generation.llm.load_base(base_of(model))
-        if reason is not None:
-            say_once(f"rollouts: the base is taken from {model.name_or_path} as it is on disk, since {reason}")
+    is_plain = all(torch.is_floating_point(p) for p in model.parameters())
+    reason = generation.llm.load_base(base_of(model)) if is_plain else "it is quantised"
+    if reason is not None:
+        say_once(f"rollouts: the base is taken from {model.name_or_path} as it is on disk, since {reason}")
 
 
 def _give(generation: Any) -> None:

@@ -14,7 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 import sloth_plugins
 from sloth_plugins.application import patched
 from sloth_plugins.construction import outcomes_of
-from sloth_plugins.patches.rollouts import installed, swap
+from sloth_plugins.patches.rollouts import dtype, installed, swap
 from sloth_plugins.patches.rollouts.adapter import collect, largest_rank, obstacle
 from sloth_plugins.patches.rollouts.dtype import computing_dtype
 from sloth_plugins.patches.rollouts.files import AdapterFolder
@@ -137,6 +137,15 @@ def test_the_dtype_is_that_of_most_frozen_weights_or_of_autocast():
             if param.requires_grad:
                 param.data = param.data.float()
     assert computing_dtype(model, "no") == torch.float16
+
+
+def test_the_dtype_of_a_server_and_of_a_quantised_base_is_not_chosen():
+    model = adapted()
+    assert dtype.refusal(rollouts(model)) is None
+    assert dtype.refusal(rollouts(model, mode="server")) == "a server has chosen its own dtype"
+    weight = model.base_model.model.model.layers[0].mlp.up_proj
+    weight.weight = torch.nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
+    assert dtype.refusal(rollouts(model)).startswith("the base is quantised")
 
 
 def made(model):
