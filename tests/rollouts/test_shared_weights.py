@@ -23,3 +23,12 @@ def test_a_base_is_shared_whole_and_edits_are_seen_on_both_sides(engine, family)
     assert found["moved"] < 1e-6
     assert any("no longer share" in line for line in found["said"])
     assert any(f"share {found['of']} tensors of the base" in line for line in found["said"])
+
+
+def test_grpo_trains_on_a_base_that_is_shared(engine):
+    found, _ = engine("grpo", selection="trl,trl:vllm_shared_weights")
+    assert len(found["differences"]) == 2
+    assert max(found["differences"]) < CLOSE
+    assert found["base"] == []
+    assert found["adapter"] > 0
+    assert any("share 21 tensors of the base" in line for line in found["said"])
