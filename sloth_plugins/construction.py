@@ -1,7 +1,7 @@
 """Where a trainer is made: patches that translate the call of its constructor, before there is a model to patch.
 
 Upstream's own class gets a constructor around its own while patches are active; a class that derives from it comes
-here when it calls `super().__init__`.
+here when it calls `super().__init__`. What came of a patch here is kept for the report on the trainer.
 """
 
 import weakref
@@ -23,8 +23,8 @@ Say = Callable[[str], None]
 Selected = Callable[[], Selection | None]
 """What is selected at the time of a call; None while nothing is active."""
 
-# What was translated for each trainer, by identity, since a trainer may define equality.
-_translated: dict[int, tuple["weakref.ref[Any]", Outcome]] = {}
+# What came of patches where an object was made, by its identity, since a trainer may define equality.
+_made: dict[int, tuple["weakref.ref[Any]", list[Outcome]]] = {}
 
 
 def open_constructors(module: ModuleType, known: Plugins, selected: Selected, say: Say) -> None:
@@ -81,7 +81,7 @@ def _translator(
             architecture=spec.name, family=spec.family, patch=patch.name, state="applied", modules=1,
             reason=changed, trainer=type(trainer).__name__,
         )  # fmt: skip
-        _remember(trainer, outcome)
+        remember(trainer, [outcome])
         return new_args, new_kwargs
 
     return translated
@@ -93,12 +93,19 @@ def _item(spec: TrainerSpec, patch: Patch, args: Any, selection: Selection, know
     return next((item for item in items if item.patch.name == patch.name), None)
 
 
-def _remember(trainer: Any, outcome: Outcome) -> None:
-    key = id(trainer)
-    _translated[key] = weakref.ref(trainer, lambda gone: _translated.pop(key, None)), outcome
+def remember(made: Any, outcomes: list[Outcome]) -> None:
+    """Note what came of patches where an object was made; it is forgotten when the object is collected."""
+    key = id(made)
+    _made[key] = weakref.ref(made, lambda gone: _made.pop(key, None)), outcomes
+
+
+def known(made: Any) -> list[Outcome]:
+    """What came of patches where this object was made."""
+    reference, outcomes = _made.get(id(made), (None, []))
+    return outcomes if reference is not None and reference() is made else []
 
 
 def outcomes_of(trainer: Any) -> list[Outcome]:
-    """What has come of patches of the constructor of a trainer: what they translated, if anything."""
-    reference, outcome = _translated.get(id(trainer), (None, None))
-    return [outcome] if outcome is not None and reference is not None and reference() is trainer else []
+    """What has come of patches where a trainer was made, and the parts that it holds, if anything."""
+    holds = [value for value in vars(trainer).values() if id(value) in _made] if hasattr(trainer, "__dict__") else []
+    return [outcome for made in (trainer, *holds) for outcome in known(made)]

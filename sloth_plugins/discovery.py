@@ -26,7 +26,7 @@ from sloth_plugins.registry import (
     hookspecs,
 )
 
-BUILTIN = ("llama", "mistral", "qwen", "gemma", "phi", "trl", "trainer", "layouts")
+BUILTIN = ("llama", "mistral", "qwen", "gemma", "phi", "trl", "vllm", "trainer", "layouts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 
 from sloth_plugins.registry import Environment, Outcome, PlanItem, Report, Skip
 
-from . import application, construction, trainers
+from . import application, construction, parts, trainers
 from .compatibility import verdict
 from .discovery import Plugins, plugins
 from .environment import probe
@@ -56,7 +56,8 @@ def _resolve(item: PlanItem, trainer: Any, known: Plugins) -> Binding | Skip:
     )
 
 
-def _bind(item: PlanItem, trainer: Any, known: Plugins) -> tuple[PlanItem, Binding | None]:
+def bind_item(item: PlanItem, trainer: Any, known: Plugins) -> tuple[PlanItem, Binding | None]:
+    """The binding of an item that is to be applied; else None, and the item with the reason."""
     if not item.selected or item.skip is not None:
         return item, None
     bound = _resolve(item, trainer, known)
@@ -76,7 +77,8 @@ def _refusal_text(result: application.Survey) -> str:
     return f"{result.refusals.total()} left alone ({result.refused_example}: {reason}{others})"
 
 
-def _outcome(item: PlanItem, result: application.Survey | None, trainer: str) -> Outcome:
+def outcome_of(item: PlanItem, result: application.Survey | None, trainer: str) -> Outcome:
+    """What came of an item, whose survey is None where it was not bound."""
     base = Outcome(
         architecture=item.architecture, family=item.family, patch=item.patch.name, state="skipped", trainer=trainer
     )
@@ -102,7 +104,8 @@ def _tested(item: PlanItem, territory: Territory, environment: Environment) -> s
     return verdict(row, item.patch.name, environment.versions.get("transformers", "none"))
 
 
-def _refuse_if_named(items: list[PlanItem], outcomes: list[Outcome], selection: Selection) -> None:
+def refuse_if_named(items: list[PlanItem], outcomes: list[Outcome], selection: Selection) -> None:
+    """Raise `SlothError` for a patch that the user has named and that is not applied."""
     for item, outcome in zip(items, outcomes, strict=True):
         if item.named and outcome.state == "skipped":
             raise SlothError(
@@ -145,7 +148,7 @@ def examine(
     check_names(selection, known.catalogue())
     environment = probe()
     territory = survey_territory(model, known)
-    bound = [_bind(item, trainer, known) for item in _plan(territory, trainer, selection, environment, known)]
+    bound = [bind_item(item, trainer, known) for item in _plan(territory, trainer, selection, environment, known)]
     items = [item for item, _ in bound]
 
     def check(binding: Binding, module: Any) -> str | None:
@@ -169,9 +172,9 @@ def examine(
     outcomes = []
     for item, binding in bound:
         kind = trainers.stock_class(trainer).__name__ if item.architecture in known.trainers else ""
-        outcome = _outcome(item, by_binding.get(id(binding)), kind)
+        outcome = outcome_of(item, by_binding.get(id(binding)), kind)
         outcomes.append(replace(outcome, tested=_tested(item, territory, environment)))
-    _refuse_if_named(items, outcomes, selection)
+    refuse_if_named(items, outcomes, selection)
     # What runs only when it is named is no news where nobody has.
     told = [outcome for item, outcome in zip(items, outcomes, strict=True) if item.selected or item.patch.default]
     told += construction.outcomes_of(trainer)
@@ -223,6 +226,7 @@ def patch(
     report = examine(model, parsed, trainer=trainer)
     others = [other for other in trainers.trainers_of(model) if other is not trainer]
     application.apply([(other, []) for other in others if application.patched(other)])
+    parts.reselect(model, default_selection() if parsed is None else parsed, plugins())
     for module in model.modules():
         _reverted.discard(module)
     _patched_by_hand.add(model)
@@ -237,6 +241,7 @@ def revert(model: torch.nn.Module) -> int:
     """
     _must_be_a_module(model, "revert")
     count = application.revert(model, trainers.trainers_of(model))
+    parts.reselect(model, parse("off"), plugins())
     for module in model.modules():
         _patched_by_hand.discard(module)
     _reverted.add(model)

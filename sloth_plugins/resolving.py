@@ -288,8 +288,8 @@ def bind_trainer(patch: Patch, kind: type) -> Binding | Skip:
             foreign = foreign_layer(getattr(defining, name), defining.__module__)
             if foreign is not None:
                 return Skip(f"{defining.__qualname__}.{name} was replaced by {foreign}")
-        drift = _replaced_drift(patch)
-        return Binding(patch, kind, lambda below: _make_methods(factory, patch, below), drift=drift)
+        drift, refuses = _replaced_drift(patch), getattr(factory, "refuses", None)
+        return Binding(patch, kind, lambda below: _make_methods(factory, patch, below), refuses=refuses, drift=drift)
     except Refused as refused:
         return refused.skip
 

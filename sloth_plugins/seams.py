@@ -60,6 +60,8 @@ TRAINERS = (
     "trl.experimental.orpo.orpo_trainer",
     "trl.experimental.cpo.cpo_trainer",
 )
+# Modules with what trainers make for themselves, whose methods patches replace from the constructor on.
+PARTS = ("trl.generation.vllm_generation",)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Translator = Callable[[Any, tuple[Any, ...], dict[str, Any]], Arguments]
 """Called with an object that is being made and the arguments of its constructor; returns those that this gets."""

@@ -62,6 +62,15 @@ LAYERS = {
         },
         {"transformers", "peft", "triton", "sloth_plugins"},
     ),
+    "patches/rollouts": (
+        {
+            "torch",
+            "sloth_plugins.patches.kernels",
+            "sloth_plugins.patches.trainers",
+            "sloth_plugins.patches.rollouts",
+        },
+        {"transformers", "peft", "triton", "sloth_plugins"},
+    ),
     "patches": ({"sloth_plugins.registry", "sloth_plugins.patches.conventions"}, HEAVY | {"sloth_plugins"}),
     "sloth_plugins/quantization": (
         {"torch", "typer", "sloth_plugins"},
