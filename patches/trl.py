@@ -19,9 +19,9 @@ FUSED_HEAD = {
 }
 # In 1.15, which no pin pairs since it has no CPU path, and in 1.16.
 FUSED_HEAD_CODE = ("c92759fb12e86212", "ed06b64a6afca47a")
-# Where completions come from `generate` of the unwrapped model: the method, what it gets, its code in 1.15 and in 1.16.
 # Log-probabilities of completions, whose code is the same in GRPO and RLOO, in 1.15 and in 1.16.
 UNPADDED_CODE = ("d72190d114a97935",)
+# Where completions come from `generate` of the unwrapped model: the method, what it gets, its code in 1.15 and in 1.16.
 ROLLOUTS = {
     "grpo": ("_generate_single_turn", "decoded", ("4b546abea0b529d1", "d9adee74a703af47")),
     "rloo": ("_generate_single_turn", "decoded", ("c40524c56a203a4f", "4614056f77874978")),
@@ -55,6 +55,7 @@ def _rollouts(name: str, target: str) -> Iterator[Patch]:
             replaces=(f"{target}.{method} alone",),
             requires=("trl>=1.15",),
             fingerprints=code,
+            default=False,
             summary="completions sampled over a static cache, on a GPU a CUDA graph for each token",
         )
     if name in ("grpo", "rloo"):
@@ -65,6 +66,7 @@ def _rollouts(name: str, target: str) -> Iterator[Patch]:
             replaces=(f"{target}._get_per_token_logps_and_entropies alone",),
             requires=("trl>=1.15",),
             fingerprints=UNPADDED_CODE,
+            default=False,
             summary="log-probabilities of completions without padding, a micro-batch as one row of documents",
         )
 

@@ -144,10 +144,9 @@ def _lora_glu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
         reference_blocks,
     ):
         y, grad, dgate, dup = torch.empty_like(gate), dy.clone(), gate.clone(), up.clone()
-        module.lora_glu_fwd(dgate, dup, terms[0], terms[1], "silu", y, True)
-        sums = [dgate.clone(), dup.clone()]
-        module.lora_glu_bwd(grad, terms[2], dgate, dup, dgate, dup, "silu")
-        results.append([y, grad, dgate, dup, *sums])
+        module.lora_glu_fwd(dgate, dup, terms[0], terms[1], "silu", y)
+        module.lora_glu_bwd(grad, terms[2], dgate, dup, dgate, dup, "silu", terms[0], terms[1])
+        results.append([y, grad, dgate, dup])
     return results[0], results[1]
 
 

@@ -127,6 +127,8 @@ def test_generation_is_unchanged(architecture):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_compiled_model_runs_upstreams_forward_in_one_graph(architecture, when):
+    if when == "after" and architecture[1] not in ("llama", "gemma3_text"):
+        pytest.skip("the order is no matter of families, and compiling takes seconds")
     torch._dynamo.reset()  # the models of all tests share our forwards' code, and its recompilations are limited
     stock, model = build(*architecture), build(*architecture)
     graphs = []
