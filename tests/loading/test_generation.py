@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from sloth_plugins import FastLanguageModel, SlothError
+from sloth_plugins.loading.decoding import fast
 
 PROMPTS = ["1+1=", "the longest of them all: 12+12=", "7"]
 GREEDY = {"temperature": 0, "max_tokens": 6}
@@ -91,3 +92,14 @@ def test_a_model_that_trains_goes_on_training(tiny, alone):
     assert isinstance(FastLanguageModel.fast_generate(model, "1", GREEDY, tokenizer=tokenizer), str)
     assert model.training
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_gpu_has_the_decoder_only_where_it_is_named(device, monkeypatch):
+    monkeypatch.delenv("SLOTH_PLUGINS", raising=False)
+    model = types.SimpleNamespace(device=torch.device(device), generate=object())
+    with fast(model) as generate:
+        assert generate is model.generate
+    monkeypatch.setenv("SLOTH_PLUGINS", "1,trl:rollout_decoding")
+    with pytest.raises(AttributeError, match="modules"):  # it goes on to look for patches
+        fast(model).__enter__()

@@ -7,7 +7,7 @@ projections, adapters as PEFT makes them (fp32) over the base in bf16. `decode`:
 tokens, of `model.generate`, of `generate_batch` (continuous batching, its blocks counted for the batch) and of
 `fast_generate`'s decoder, with the peak memory beside the model, and of a replayed step which kernels it consists of.
 `grpo`: seconds and peak of a step of 8 prompts x 8 completions x 512 tokens with a reference pass, stock TRL and with
-SLOTH_PLUGINS=1, and how long rollout, log-probabilities, rewards and loss take within it.
+the patches of rollouts, and how long rollout, log-probabilities, rewards and loss take within it.
 
 Every part runs in a process of its own that is ended after `--limit` seconds; what it has printed by then counts, and
 so does the line that says how it ended. Nothing is started that `--seconds` has no time for.
@@ -24,6 +24,7 @@ from pathlib import Path
 
 PROMPT, NEW = 128, 256
 GROUPS, COMPLETIONS, LENGTH = 8, 8, 512
+FLAG = "1,trl:rollout_decoding,trl:rollout_unpadded"
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     end = time.monotonic() + args.seconds
     for part in args.parts:
         for model in args.models:
-            for flag in ("1",) if part == "decode" else ("1", ""):
+            for flag in (FLAG,) if part == "decode" else (FLAG, ""):
                 run(args, part, model, flag, end)
 
 
