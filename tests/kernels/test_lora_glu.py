@@ -20,11 +20,11 @@ ACTS = {
 # (tokens, features, ranks of gate, up and down; 0 for none)
 CASES = [
     (3, 7, 4, 4, 4),
-    (5, 130, 1, 0, 3),
+    (5, 70, 1, 0, 3),
     (33, 40, 0, 20, 0),
     (2, 64, 0, 0, 0),
     (1, 129, 16, 16, 16),
-    (2, 700, 5, 4, 3),
+    (2, 100, 5, 4, 3),
 ]
 
 
@@ -44,7 +44,7 @@ def plus(y, added):
     return y if added is None else y + added.x.to(y.dtype) @ added.b.to(y.dtype).t()
 
 
-@pytest.mark.parametrize("activation", ACTS)
+@pytest.mark.parametrize("activation", list(ACTS)[:1] if INTERPRETED else list(ACTS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("in_place", [False, True])
