@@ -26,7 +26,7 @@ PERIOD = 8
 # Steps below which a graph costs more than it saves.
 WORTH = 4
 # Rotary tables that depend on the longest row, about which a forward asks the device.
-_ASKING = ("dynamic", "longrope")
+BY_LENGTH = ("dynamic", "longrope")
 
 
 def decode(model: Any, ids: Tensor, mask: Tensor, settings: Settings) -> Tensor:
@@ -57,7 +57,7 @@ def read_layers(model: Any, ids: Tensor) -> Steps:
 
     for module in model.modules():
         kind = str(getattr(module, "rope_type", ""))
-        if any(name in kind for name in _ASKING):
+        if any(name in kind for name in BY_LENGTH):
             raise Refused(f"its rotary embedding is of the kind {kind}")
     one = torch.zeros((1, 1), dtype=torch.int64, device=ids.device)
     with substituting(read):

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from ..blocks.decoder_layer import layout_of
+from ..generation.decoder import BY_LENGTH
 from ..kernels.notices import say_once
 from .scope import Method, causal_lm
 
 Tensor = torch.Tensor
 # Transformers makes a mask of tokens by tokens for documents in a row, a byte for each.
 MOST_TOKENS = 16384
-# Rotary tables that depend on how long a row is, with its padding.
-_BY_LENGTH = ("dynamic", "longrope")
 
 
 def unpadded(trainer: type) -> dict[str, Method]:
@@ -43,7 +42,7 @@ def _obstacle(model: Any) -> str | None:
     if config is None or getattr(config, "vision_config", None) is not None:
         return "it is not a language model alone"
     positions = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    if any(kind in positions for kind in _BY_LENGTH):
+    if any(kind in positions for kind in BY_LENGTH):
         return "its rotary embedding depends on the length of a row"
     implementation = str(getattr(config, "_attn_implementation", None))
     if implementation.startswith("flash_attention"):
