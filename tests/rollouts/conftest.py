@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from install_vllm import FOLDER, PYTHON, is_installed
@@ -11,6 +13,13 @@ from paths import ROOT
 
 HERE = ROOT / "tests" / "rollouts"
 sys.path.insert(0, str(ROOT / "compat"))
+
+
+@pytest.fixture(autouse=True)
+def _no_ranks_are_left():
+    """TRL says in the environment that this process is one of several, which scripts of later tests would believe."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +37,17 @@ def engine(vllm_python, tmp_path_factory):
         key: value for key, value in os.environ.items() if not key.startswith(("SLOTH", "VLLM", "TRITON_INTERPRET"))
     }
     log = folder / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        # TRL would take the one that accelerate takes too, in tests that run beside these.
+        port = free.getsockname()[1]
     parent = subprocess.Popen(
         [vllm_python, HERE / "engines.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log.open("w"),
         text=True,
-        env={**kept, "CUDA_VISIBLE_DEVICES": ""},
+        env={**kept, "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(port)},
     )
 
     def answer():
