@@ -24,7 +24,5 @@ def sloth_patches(architecture: ArchitectureSpec) -> Iterator[Patch]:
             name="checkpointing",
             target=architecture.backbone,
             replacement="sloth_plugins.patches.checkpointing.backbone:backbone",
-            # Until its plans have been compared with what a card measures.
-            default=False,
             summary="each layer computes again as little as the memory at hand allows",
         )

@@ -43,8 +43,6 @@ def sloth_trainers() -> list[TrainerSpec]:
         name="memory_plans",
         target="transformers.trainer:Trainer",
         replacement="sloth_plugins.patches.trainers.memory_plans:planned",
-        # As long as the plans of the models are not.
-        default=False,
         summary="a micro-batch that runs out of memory is run again with a tighter plan; processes plan alike",
     )
     statistics = Patch(

@@ -13,13 +13,13 @@ from . import seams, segments
 from .errors import SlothError
 from .memory import check_environment
 from .processes import rank
-from .selection import VARIABLE, Selection, check_names, parse
+from .selection import VARIABLE, Selection, check_names, decide, parse
 from .watching import Watcher
 
 if TYPE_CHECKING:
     from .discovery import Plugins
 
-# The patch that counts bytes, and is not on unless named.
+# The trainers' patch that counts bytes.
 PLANS = "memory_plans"
 # Run with `python -m`, these start training processes or serve a test run; installed commands are told by their folder.
 LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed.", "trl.", "transformers.", "pytest")
@@ -82,8 +82,8 @@ def activate(selection: str | None = None) -> None:
     check_environment()
     if parsed.names_something:
         _check_names_now(parsed)
-    if PLANS in parsed.text:
-        segments.grow()
+    plans = decide(parsed, "trainer", PLANS, family="trainer").selected
+    (segments.grow if plans else segments.stay)()
     if _active is not None:
         _active.selection = parsed
         return

@@ -123,10 +123,9 @@ def _plan(
         patches = known.patches(name)
         items += make_plan(known.architectures[name], patches, configs, selection, environment, known).items
     for spec in known.trainers.values() if trainer is not None else ():
-        made = [patch for patch in spec.patches if not patch.constructor]
-        meant = [patch for patch in made if trainers.target_class(patch, trainer) is not None]
+        args = getattr(trainer, "args", None)
+        meant = [patch for patch in spec.patches if trainers.is_meant(patch, trainer, args)]
         if meant:
-            args = getattr(trainer, "args", None)
             items += make_plan(spec, meant, [args], selection, environment, known).items
     return items
 

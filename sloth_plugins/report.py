@@ -49,13 +49,13 @@ def _verdicts(outcomes: Iterable[Outcome]) -> Iterator[str]:
 
 
 def _labels(outcomes: Iterable[Outcome]) -> list[str]:
-    """`family:patch`; by the architecture's own name where a model holds two of one family."""
+    """`family:patch`; by the architecture's own name where patches of one name are of two members of a family."""
     outcomes = list(outcomes)
-    members: dict[str, set[str]] = {}
+    members: dict[tuple[str, str], set[str]] = {}
     for outcome in outcomes:
-        members.setdefault(outcome.family, set()).add(outcome.architecture)
+        members.setdefault((outcome.family, outcome.patch), set()).add(outcome.architecture)
     return [
-        f"{outcome.family if len(members[outcome.family]) == 1 else outcome.architecture}:{outcome.patch}"
+        f"{outcome.family if len(members[outcome.family, outcome.patch]) == 1 else outcome.architecture}:{outcome.patch}"
         for outcome in outcomes
     ]
 

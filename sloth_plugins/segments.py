@@ -11,8 +11,10 @@ from typing import Any
 NAME = "expandable_segments"
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
-# What the allocator was told before; None while it is as the user has it.
+# What the allocator was told before; None while segments do not grow because of us.
 _before: str | None = None
+# What it was told by us at last, and what it had been told until then.
+_told: tuple[str, str] | None = None
 
 
 def grow() -> None:
@@ -29,17 +31,19 @@ def grow() -> None:
     if "microsoft" in platform.release().lower():
         return
     settings = _settings(torch)
+    if _told is not None and settings == _told[0]:
+        settings = _told[1]
     if NAME in settings or "backend" in settings:
         return
-    _before = f"{settings}," if settings else ""
-    _tell(torch, f"{_before}{NAME}:True")
+    _before = settings
+    _tell(torch, settings, grows=True)
 
 
 def stay() -> None:
     """Undo `grow` for memory that is taken from now on."""
     global _before
     if _before is not None:
-        _tell(sys.modules["torch"], f"{_before}{NAME}:False")
+        _tell(sys.modules["torch"], _before, grows=False)
     _before = None
 
 
@@ -50,6 +54,9 @@ def _settings(torch: Any) -> str:
     return given or ("" if ask is None else str(ask()))
 
 
-def _tell(torch: Any, settings: str) -> None:
+def _tell(torch: Any, before: str, *, grows: bool) -> None:
+    global _told
+    settings = ",".join(filter(None, (before, f"{NAME}:{grows}")))
+    _told = settings, before
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     (torch.cuda.memory._set_allocator_settings if change is None else change)(settings)

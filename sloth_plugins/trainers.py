@@ -54,6 +54,16 @@ def target_class(patch: Patch, trainer: Any) -> type | None:
     return next((kinds[path] for path in (patch.target, *patch.formerly) if path in kinds), None)
 
 
+def is_meant(patch: Patch, trainer: Any, args: Any) -> bool:
+    """Whether a patch is for a trainer as this one, made already, and for arguments such as it has, whatever they are."""
+    roots = (path.partition(".")[0] for path in patch.where)
+    return (
+        not patch.constructor
+        and target_class(patch, trainer) is not None
+        and all(hasattr(args, root) for root in roots)
+    )
+
+
 def _hidden(trainer: Any, binding: Binding) -> str | None:
     """Whose method a patch would hide, or None if all that it replaces is that of its target or runs what was there."""
     kind = stock_class(trainer)

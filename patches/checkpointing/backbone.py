@@ -61,8 +61,11 @@ def stack_of(module: torch.nn.Module) -> Stack | None:
     devices = {p.device for layer in layers for p in layer.parameters()}
     if len(devices) > 1:
         say_once("memory: nothing is planned, because the layers are on several devices")
-    memory = memory_of(devices.pop()) if len(devices) == 1 else None
+    if len(devices) != 1:
+        return None
+    memory = memory_of(devices.pop())
     if memory is None:
+        say_once("memory: nothing is planned without a GPU; layers are checkpointed as they were asked to be")
         return None
     trained = [p for p in module.parameters() if p.requires_grad]
     budget = _budgets.get(module) or from_environment()

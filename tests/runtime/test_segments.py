@@ -19,6 +19,7 @@ def told(monkeypatch):
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append, raising=False)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.setattr(segments, "_before", None)
+    monkeypatch.setattr(segments, "_told", None)
     for name in segments.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return said
@@ -32,17 +33,18 @@ def active():
 
 def test_while_plans_are_active(told, active):
     active("1")
-    assert told == [""]
-    active("1,trainer:memory_plans")
-    active("1,trainer:memory_plans")
+    active("1,-llama")
     assert told == ["", "expandable_segments:True"]
+    active("1,-trainer:memory_plans")
+    active("1")
     activation.deactivate()
     activation.deactivate()
-    assert told[2:] == ["expandable_segments:False"]
+    assert told[2:] == [f"expandable_segments:{state}" for state in (False, True, False)]
 
 
-def test_not_where_the_flag_is_off(told, active):
-    active("0")
+@pytest.mark.parametrize("flag", ["0", "llama", "-trainer", "1,-*:memory_plans"])
+def test_not_where_plans_are_off(told, active, flag):
+    active(flag)
     assert told == [""]
 
 
