@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from adapted_models import adapt, load, save_base, tokenizer
+from launching import warm
 
 pytestmark = pytest.mark.slow
 SLOTH = str(Path(sys.executable).with_name("sloth-plugins"))
 
 
 def sloth(*words, cwd):
-    return subprocess.run([SLOTH, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+    return warm([SLOTH, *words], cwd)
 
 
 def test_a_run_is_merged_and_a_second_call_says_what_exists(tmp_path):
@@ -71,7 +72,7 @@ gguf.export = export
 sys.argv = ["sloth-plugins", "export", "gguf", "run", "-o", "out"]
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = warm(["-c", code], tmp_path)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1].startswith(f"sloth-plugins: stopped; {said}")
     assert all(f"model-{method}.gguf" in done.stderr for method in there)

@@ -53,6 +53,6 @@ def test_kernels_pass_interpreted():
         cwd=HERE.parent,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=400,
     )
     assert child.returncode == 0, child.stdout[-20000:] + child.stderr[-5000:]

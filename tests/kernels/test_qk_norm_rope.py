@@ -267,6 +267,7 @@ def test_double_backward_raises():
         dq.sum().backward()
 
 
+@pytest.mark.not_interpreted(reason="its programs run one after the other")
 def test_weight_gradients_are_deterministic():
     leaves = [t.requires_grad_() for t in inputs(batch=3, seq=50)]
     outputs = fused(*leaves, *tables(1, 50, 8))

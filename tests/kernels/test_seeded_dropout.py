@@ -57,6 +57,7 @@ def test_torchs_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.not_interpreted(reason="its masks are the reference's to the bit")
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_frequencies(p):
     """Over all elements, over each row and column, and over neighbours, within five standard deviations."""

@@ -63,7 +63,7 @@ def test_a_call_of_sft_as_it_was(parts, capsys):
         "dataset_num_proc -> SFTConfig.dataset_num_proc, dataset_text_field -> SFTConfig.dataset_text_field, "
         "max_seq_length -> SFTConfig.max_length, packing -> SFTConfig.packing, tokenizer -> processing_class"
     )
-    (row,) = [line for line in said if line.split()[:1] == ["trl_sft:trl_legacy_arguments"]]
+    (row,) = [line for line in said if line.split()[:1] == ["trl:trl_legacy_arguments"]]
     assert row.split(maxsplit=3)[1:] == ["1", "applied", changed]
     # Once, although it is called twice.
     SFTTrainer(**parts(), dataset_text_field="words", max_seq_length=6, packing=False, dataset_num_proc=None)

@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 
 import peft
 import pytest
 import torch
 import transformers
-from launching import run
+from launching import warm
 from loading_pairs import PAIRS
 
 pytestmark = pytest.mark.slow
@@ -75,7 +74,7 @@ def ran(tiny, tmp_path_factory):
         (folder / "tiny").symlink_to(tiny)
         (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS[:32]))
         (folder / "script.py").write_text(script + LOOK)
-        done = run([sys.executable, "script.py"], folder, flag, HF_DATASETS_CACHE=str(folder / "cache"))
+        done = warm(["script.py"], folder, flag)
         assert done.returncode == 0, done.stderr[-3000:]
         return folder, json.loads((folder / "found.json").read_text()), done.stderr
 

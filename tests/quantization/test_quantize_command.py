@@ -1,11 +1,11 @@
 """`sloth-plugins quantize`, as a user types it."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launching import warm
 from tiny_models import save_model
 
 pytestmark = pytest.mark.slow
@@ -14,7 +14,7 @@ SMALL = ("--samples", "4", "--length", "32", "--device", "cpu")
 
 
 def sloth(*words, cwd):
-    return subprocess.run([SLOTH, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+    return warm([SLOTH, *words], cwd)
 
 
 def test_a_model_is_quantised_and_the_table_says_what_stays(tmp_path):
@@ -64,6 +64,6 @@ checkpoint.quantize = quantize
 sys.argv = ["sloth-plugins", "quantize", "model", "-o", "out"]
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = warm(["-c", code], tmp_path)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "sloth-plugins: stopped; the same command goes on from there"

@@ -1,11 +1,10 @@
 """Trainer without a wait for each loss: what it logs is what it was, also where losses are not finite."""
 
 import math
-import sys
 
 import pytest
 import torch
-from launching import run
+from launching import warm
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
@@ -127,7 +126,7 @@ def test_a_launched_trainer_keeps_all_its_patches(tmp_path):
     """Accelerator.prepare has the trainer looked at again, when its loop already runs."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    done = run([sys.executable, script], tmp_path, SLOTH_PLUGINS="1")
+    done = warm([script], tmp_path, flag="1")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "trainer:" in line]
     assert len(lines) == len({line.split()[0] for line in lines}), "one report"

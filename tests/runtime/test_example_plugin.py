@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import launch, python
+from launching import WARM, launch, python, warm
 from paths import EXAMPLE
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def path(site):
 
 def test_a_launched_script_is_patched_and_trains_to_the_same_losses(site, tmp_path):
     arguments = ["--model-type", "olmo2"]
-    stock, _ = launch("train_trainer.py", tmp_path, arguments=arguments, **path(site))
+    stock, _ = launch("train_trainer.py", tmp_path, arguments=arguments, through=WARM)
     patched, log = launch(
         "train_trainer.py", tmp_path, flag="olmo2:rms_norm+rope+glu", arguments=arguments, **path(site)
     )
@@ -54,8 +54,8 @@ def test_a_launched_script_is_patched_and_trains_to_the_same_losses(site, tmp_pa
 
 
 def test_it_is_listed_with_its_plugin_and_a_typo_is_caught(site, tmp_path):
-    listed = python(
-        "import sys; sys.argv = ['x', 'list', '--json']; from sloth_plugins.cli import main; main()",
+    listed = warm(
+        ["-c", "import sys; sys.argv = ['x', 'list', '--json']; from sloth_plugins.cli import main; main()"],
         tmp_path,
         **path(site),
     )
@@ -83,7 +83,7 @@ print("COMPARED", verdict.truth)
 
 def test_its_patches_keep_the_contract_of_accuracy(site, tmp_path):
     folders = [str(EXAMPLE.parent), str(EXAMPLE.parent / "contract")]
-    done = python(CONTRACT.format(folders=folders), tmp_path, **path(site))
+    done = warm(["-c", CONTRACT.format(folders=folders)], tmp_path, **path(site))
     assert "COMPARED float64" in done.stdout, done.stderr[-2000:]
 
 
@@ -100,7 +100,8 @@ def test_its_patches_keep_the_contract_of_accuracy(site, tmp_path):
     ],
 )
 def test_a_broken_plugin_is_one_line_and_training_goes_on(source, said, tmp_path):
-    losses, log = launch("train_loop.py", tmp_path, flag="1", **path(installed(tmp_path, "broken_plugin", source)))
+    site = installed(tmp_path, "broken_plugin", source)
+    losses, log = launch("train_loop.py", tmp_path, flag="1", through=WARM, **path(site))
     assert len(losses) == 6
     assert log.count(said) == 1
     assert "llama:rms_norm       5        applied" in log
@@ -128,7 +129,8 @@ def sloth_patches(architecture):
 
 
 def test_every_target_that_cannot_be_patched_is_a_reason_in_the_table(tmp_path):
-    losses, log = launch("train_loop.py", tmp_path, flag="1", **path(installed(tmp_path, "bad_targets", BAD_TARGETS)))
+    site = installed(tmp_path, "bad_targets", BAD_TARGETS)
+    losses, log = launch("train_loop.py", tmp_path, flag="1", through=WARM, **path(site))
     assert len(losses) == 6
     expected = {
         "no_class": "did you mean 'LlamaRMSNorm'",

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from launching import ACCELERATE, environment, launch, run
+from launching import ACCELERATE, WARM, environment, launch, python, run
 from paths import SCRIPTS
 
 pytestmark = pytest.mark.slow
@@ -31,33 +31,37 @@ def assert_table_once(log):
         assert len(re.findall(line, log)) == 1, log
 
 
-@pytest.mark.parametrize("script", ["train_trainer.py", "train_sft.py", "train_loop.py"])
-def test_a_script_trains_to_the_same_losses(script, tmp_path):
-    stock, quiet = launch(script, tmp_path)
-    patched, log = launch(script, tmp_path, flag="1")
+@pytest.mark.parametrize(
+    ("script", "through"),
+    [("train_trainer.py", ACCELERATE), ("train_sft.py", WARM), ("train_loop.py", WARM)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_script_trains_to_the_same_losses(script, through, tmp_path):
+    stock, quiet = launch(script, tmp_path, through=WARM)
+    patched, log = launch(script, tmp_path, flag="1", through=through)
     assert_same(stock, patched)
     assert_table_once(log)
     assert "sloth-plugins" not in quiet
 
 
 def test_gradient_checkpointing_in_trainer(tmp_path):
-    stock, _ = launch("train_trainer.py", tmp_path, arguments=["--checkpointing"])
-    patched, log = launch("train_trainer.py", tmp_path, flag="1", arguments=["--checkpointing"])
+    stock, _ = launch("train_trainer.py", tmp_path, arguments=["--checkpointing"], through=WARM)
+    patched, log = launch("train_trainer.py", tmp_path, flag="1", arguments=["--checkpointing"], through=WARM)
     assert_same(stock, patched)
     assert_table_once(log)
 
 
 def test_by_hand_without_trainer_or_accelerate(tmp_path):
-    stock, _ = launch("train_bare.py", tmp_path, flag="off", through=[sys.executable])
+    stock, _ = launch("train_bare.py", tmp_path, flag="off", through=WARM)
     patched, log = launch("train_bare.py", tmp_path, through=[sys.executable])
     assert_same(stock, patched)
-    assert "patched 12" in log
-    _, log = launch("train_bare.py", tmp_path, flag="1", through=[sys.executable])
+    assert "patched 13" in log
+    _, log = launch("train_bare.py", tmp_path, flag="1", through=WARM)
     assert "nothing was patched" not in log
 
 
 def test_two_processes_patch_both_and_speak_once(tmp_path):
-    stock, _ = launch("train_trainer.py", tmp_path, processes=2)
+    stock, _ = launch("train_trainer.py", tmp_path, processes=2, through=WARM)
     patched, log = launch("train_trainer.py", tmp_path, processes=2, flag="1")
     assert_same(stock, patched)
     assert_table_once(log)
@@ -66,8 +70,8 @@ def test_two_processes_patch_both_and_speak_once(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_metrics_of_logits_gathered_from_all_processes(processes, tmp_path):
-    stock, _ = launch("train_metrics.py", tmp_path, processes=processes)
-    patched, log = launch("train_metrics.py", tmp_path, processes=processes, flag="1")
+    stock, _ = launch("train_metrics.py", tmp_path, processes=processes, through=WARM)
+    patched, log = launch("train_metrics.py", tmp_path, processes=processes, flag="1", through=WARM)
     assert len(stock) == 6 + 2 * 3
     assert patched == pytest.approx(stock, rel=1e-4)
     assert re.search(r"llama:cross_entropy +1 +applied", log)
@@ -93,14 +97,15 @@ def test_every_process_is_patched(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     done = run([*torchrun, script], tmp_path, flag="1")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("COUNTS [12, 12]") == 2
+    assert done.stdout.count("COUNTS [13, 13]") == 2
     assert done.stderr.count("sloth-plugins 0") == 1
 
 
 def test_through_the_module_where_autoload_is_off(tmp_path):
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    stock, quiet = launch("train_trainer.py", tmp_path, flag="1", **off)
-    assert "sloth-plugins" not in quiet
+    quiet = python("import torch, sys; print('sloth_plugins' in sys.modules)", tmp_path, flag="1", **off)
+    assert quiet.stdout.split() == ["False"]
+    stock, _ = launch("train_trainer.py", tmp_path, through=WARM)
     through = [*ACCELERATE, "--cpu", "--num_processes", "1", "-m", "sloth_plugins"]
     patched, log = launch("train_trainer.py", tmp_path, through=through, **off)
     assert_same(stock, patched)
@@ -108,7 +113,7 @@ def test_through_the_module_where_autoload_is_off(tmp_path):
 
 
 def test_a_choice_is_kept(tmp_path):
-    _, log = launch("train_loop.py", tmp_path, flag="llama:rms_norm+rope")
+    _, log = launch("train_loop.py", tmp_path, flag="llama:rms_norm+rope", through=WARM)
     assert re.search(TABLE[0], log)
     assert re.search(TABLE[1], log)
     assert re.search("llama:glu +0 +off +not selected", log)
@@ -116,8 +121,8 @@ def test_a_choice_is_kept(tmp_path):
 
 def test_an_unknown_architecture_trains_stock_and_says_so_once(tmp_path):
     arguments = ["--model-type", "opt"]
-    stock, _ = launch("train_loop.py", tmp_path, arguments=arguments)
-    patched, log = launch("train_loop.py", tmp_path, flag="1", arguments=arguments)
+    stock, _ = launch("train_loop.py", tmp_path, arguments=arguments, through=WARM)
+    patched, log = launch("train_loop.py", tmp_path, flag="1", arguments=arguments, through=WARM)
     assert patched == stock
     assert log.count("no architecture covers model type 'opt' (known: llama") == 1
 

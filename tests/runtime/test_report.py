@@ -23,6 +23,7 @@ def test_a_patch_goes_by_its_family():
         ["qwen:glu", "2", "applied"],
         ["qwen:cross_entropy", "1", "applied"],
         ["qwen:blocks", "2", "applied"],
+        ["qwen:checkpointing", "1", "applied"],
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 from launching import python
 
 pytestmark = pytest.mark.slow
-STARTS = 5
+STARTS = 2
 PROBE = """
 import importlib.metadata, time
 load = importlib.metadata.EntryPoint.load

@@ -1,11 +1,10 @@
 """Vision-language models: the language model is recognised and patched, the vision tower stays stock and is named."""
 
 import json
-import sys
 
 import pytest
 import torch
-from launching import run
+from launching import warm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import sloth_plugins
@@ -13,7 +12,7 @@ from sloth_plugins.application import patched
 from sloth_plugins.patches.conventions import TINY
 from sloth_plugins.patches.qwen import MROPE, TINY_VL_VISION
 
-SLOTH = [sys.executable, "-c", "from sloth_plugins.cli import main; main()"]
+SLOTH = ["-c", "from sloth_plugins.cli import main; main()"]
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 IMAGE = 95
 HEADS = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -106,12 +105,12 @@ def test_the_language_model_is_patched_and_the_vision_tower_is_not(tower):
 def test_a_plan_from_the_config_says_so_too(tower, tmp_path):
     family, _, _, _ = tower
     build(tower).config.save_pretrained(tmp_path)
-    done = run([*SLOTH, "plan", "--model", tmp_path], tmp_path)
+    done = warm([*SLOTH, "plan", "--model", tmp_path], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{family}:glu" in done.stdout
     assert "vision tower (" in done.stdout
     assert "stays stock" in done.stdout
-    done = run([*SLOTH, "plan", "--model", tmp_path, "--json"], tmp_path)
+    done = warm([*SLOTH, "plan", "--model", tmp_path, "--json"], tmp_path)
     assert len(json.loads(done.stdout)["towers"]) == 1
 
 

@@ -68,7 +68,7 @@ def test_revert_gives_trainer_and_model_their_classes_back(declare, make):
     trainer = make()
     sloth_plugins.activate("1")
     trainer.train()
-    assert sloth_plugins.revert(trainer.model) == 7
+    assert sloth_plugins.revert(trainer.model) == 8
     assert type(trainer) is ToyTrainer
     CALLS.clear()
     trainer.train()

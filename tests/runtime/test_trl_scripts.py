@@ -4,10 +4,9 @@ import dataclasses
 import json
 import random
 import re
-import sys
 
 import pytest
-from launching import launch, run
+from launching import WARM, launch, warm
 from paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -29,8 +28,8 @@ def assert_same(stock, patched):
     [("train_dpo.py", "trl:trl_logprobs", []), ("train_orpo.py", "trl:trl_orpo", ["--checkpointing"])],
 )
 def test_preferences(script, line, options, tmp_path):
-    stock, quiet = launch(script, tmp_path, arguments=options)
-    patched, log = launch(script, tmp_path, flag="1", arguments=options)
+    stock, quiet = launch(script, tmp_path, arguments=options, through=WARM)
+    patched, log = launch(script, tmp_path, flag="1", arguments=options, through=WARM)
     assert len(set(assert_same(stock, patched))) == 6
     (said,) = [text for text in log.splitlines() if line in text]
     assert said.split()[1:3] == ["1", "applied"]
@@ -56,8 +55,8 @@ def arithmetic(tmp_path_factory):
 
 
 def test_grpo_generates_and_learns_the_same(arithmetic, tmp_path):
-    stock, _ = launch("train_grpo.py", tmp_path, arguments=["--model", arithmetic])
-    patched, log = launch("train_grpo.py", tmp_path, flag="1", arguments=["--model", arithmetic])
+    stock, _ = launch("train_grpo.py", tmp_path, arguments=["--model", arithmetic], through=WARM)
+    patched, log = launch("train_grpo.py", tmp_path, flag="1", arguments=["--model", arithmetic], through=WARM)
     assert patched["completions"] == stock["completions"]
     assert len(set(stock["completions"])) > 10
     assert_same(stock["logged"], patched["logged"])
@@ -82,7 +81,7 @@ def test_the_readmes_script(name, arithmetic, tmp_path):
     limits = "use_cpu=True, bf16=False, max_steps=2, report_to=[], save_strategy='no', "
     script = re.sub(r"(\w+Config)\(output_dir", rf"\1({limits}output_dir", script)
     (tmp_path / "script.py").write_text(script)
-    done = run([sys.executable, "script.py"], tmp_path, flag="1")
+    done = warm(["script.py"], tmp_path, flag="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"trl:trl_\w+ +1 +applied", done.stderr)
     assert "'train_loss'" in done.stdout
