@@ -1,7 +1,8 @@
 """One cell of the matrix: a patch of a model type or of a trainer on what is installed, held to stock in every respect.
 
-`python compat/cells.py OUT.jsonl [PART OF]` runs all cells in this process, or those of each OF-th model type from
-PART, and appends one JSON line for each; cells that the file already holds are not run again.
+`python compat/cells.py OUT.jsonl [PART OF [few]]` runs all cells in this process, or those of each OF-th model type
+from PART, and appends one JSON line for each; cells that the file already holds are not run again. With `few`, patches
+of an architecture run together only.
 """
 
 import contextlib
@@ -172,6 +173,12 @@ def cell_names(plugins: Any) -> list[tuple[str, str, str]]:
     return [*found, (skip_lists.KIND, skip_lists.KIND, skip_lists.NAME)]
 
 
+def few_of(names: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The cells in which patches of an architecture run alone left out."""
+    alone = {architecture for architecture, _, patch in names if patch == TOGETHER}
+    return [name for name in names if name[0] not in alone or name[2] == TOGETHER]
+
+
 class Matrix:
     """The cells of the installed transformers; stock runs are made once for each model type."""
 
@@ -282,7 +289,7 @@ def part_of(names: list[tuple[str, str, str]], part: int, of: int) -> list[tuple
     return [name for name in names if kinds.index(name[1]) % of == part]
 
 
-def main(file: Path, part: int = 0, of: int = 1) -> int:
+def main(file: Path, part: int = 0, of: int = 1, *, few: bool = False) -> int:
     """Run the cells that are not in the file yet."""
     import logging
 
@@ -295,7 +302,8 @@ def main(file: Path, part: int = 0, of: int = 1) -> int:
         with file.open("a", encoding="utf-8") as lines:
             lines.write("\n")  # after a line that was cut off
     parent = os.getppid()
-    for architecture, kind, patch in part_of(matrix.names(), part, of):
+    names = few_of(matrix.names()) if few else matrix.names()
+    for architecture, kind, patch in part_of(names, part, of):
         if os.getppid() != parent:
             return 1  # whoever started this is gone, and may start another that writes to the same file
         if (kind, patch) not in done:
@@ -306,4 +314,4 @@ def main(file: Path, part: int = 0, of: int = 1) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:4]), few="few" in sys.argv[4:]))

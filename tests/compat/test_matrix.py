@@ -39,7 +39,7 @@ def test_every_pin_says_what_it_pairs_with():
         if name != "latest":
             assert RESULTS[name]["versions"]["transformers"] == name
             assert all("==" in requirement for requirement in pin["pairs"])
-    assert sum(bool(pin.get("ci")) for pin in overlays.pins().values()) == 3
+    assert [pin["ci"] for pin in overlays.pins().values() if "ci" in pin] == ["together", "together", "all"]
 
 
 def test_what_is_written_from_the_record_is_up_to_date():
@@ -76,6 +76,22 @@ def test_a_cell_that_changed_its_state_is_named():
     assert lines == [
         "5.17.0 llama rope: red, recorded as green. losses: 1e-2 from stock",
         "5.17.0 phi mlp: recorded, but no such cell was run",
+    ]
+
+
+def test_of_a_pin_with_few_cells_the_others_are_not_missed():
+    few = cells.few_of(run.all_cells())
+    assert ("llama", "llama", cells.TOGETHER) in few
+    assert any(architecture == "trainer" for architecture, _, _ in few)
+    assert not any(patch in ("rope", "blocks") for _, _, patch in few)
+    ran = {"5.17.0": {**RESULTS["5.17.0"], "cells": {}}}
+    for _, kind, patch in few:
+        ran["5.17.0"]["cells"].setdefault(kind, {})[patch] = RESULTS["5.17.0"]["cells"][kind][patch]
+    assert len(run.differences(ran, RESULTS)) == len(run.all_cells()) - len(few)
+    assert run.differences(ran, RESULTS, few={"5.17.0"}) == []
+    del ran["5.17.0"]["cells"]["phi"][cells.TOGETHER]
+    assert run.differences(ran, RESULTS, few={"5.17.0"}) == [
+        "5.17.0 phi all together: recorded, but no such cell was run"
     ]
 
 
