@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from ..selection import decide
+
 ENTRY = "sloth_plugins.patches.generation.entry"
-# The patch whose name in the selection lets the decoder run on a GPU, where it is not measured yet.
-DECODING = "rollout_decoding"
+# The patch of GRPO's that must be selected for the decoder to run on a GPU, where it is not measured yet.
+DECODING = ("trl_grpo", "rollout_decoding")
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def fast(model: Any) -> Iterator[Callable[..., Any]]:
     from .. import activation, application, patching
 
     selection = activation.selected() or patching.default_selection()
-    if model.device.type != "cpu" and DECODING not in selection.text:
+    if model.device.type != "cpu" and not decide(selection, *DECODING, family="trl", default=False).selected:
         yield model.generate
         return
     if any(application.patched_modules(model)):
