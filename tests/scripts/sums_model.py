@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LARGEST = 10
 RIGHT = 0.3
-"""The part of the answers that are right; the others are off by at most 9."""
+"""The part of the answers that are surely right; the others are off by at most 9, or not at all."""
 STEPS, BATCH = 300, 256
 
 

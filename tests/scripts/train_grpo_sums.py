@@ -1,6 +1,8 @@
 """A user's own script: GRPO on generated sums, rewarded by how near the answer is.
 
 python sums_model.py FOLDER && SLOTH_PLUGINS=1 python train_grpo_sums.py --model FOLDER --cpu
+
+Two minutes on two cores, with OMP_NUM_THREADS=1: threads that wait for each other take longer than so small a model.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
-parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--steps", type=int, default=150)
 parser.add_argument("--out", default="grpo_sums")
 parser.add_argument("--cpu", action="store_true")
 args = parser.parse_args()
@@ -38,7 +40,7 @@ trainer = GRPOTrainer(
         per_device_train_batch_size=256,
         num_generations=8,
         max_completion_length=3,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         beta=0.01,
         logging_steps=5,
         save_strategy="no",

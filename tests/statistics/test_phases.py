@@ -66,6 +66,38 @@ def test_nothing_is_kept_where_nothing_is_logged():
     assert len(found._marks) == 1
 
 
+def test_the_device_is_waited_for_only_where_it_is_read(monkeypatch):
+    """Its events, of a device that is done with nothing until somebody waits for it."""
+    clock = Clock(monkeypatch)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.is_done = False
+
+        def record(self, stream):
+            self.at = clock.now
+
+        def query(self):
+            return self.is_done
+
+        def synchronize(self):
+            for mark in list(found._marks):
+                mark[1].is_done = True
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    found = Phases(torch.device("cuda", 0))
+    found.enter("loss")
+    clock.sleep(3)
+    found.leave()
+    assert found._sums == {}
+    assert found.read() == {"loss": 3.0}
+
+
 class Sampling(Trainer):
     """A trainer with TRL's methods, of which each takes its time."""
 
