@@ -25,7 +25,8 @@ KINDS = {
 def tokenizer():
     core = Tokenizer(models.WordLevel({str(number): number for number in range(SIZES["vocab_size"])}, "0"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="2", bos_token="0", eos_token="1")
+    names = {"model_input_names": ["input_ids", "attention_mask"]}  # an old `generate` refuses others
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="2", bos_token="0", eos_token="1", **names)
 
 
 def trained(kind, folder, **options):
