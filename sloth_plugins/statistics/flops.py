@@ -103,9 +103,12 @@ class Batch:
 def count(inputs: Any, windows: tuple[int | None, ...]) -> Batch | None:
     """Count a micro-batch without waiting for the device; None where it has no `input_ids` [batch, sequence].
 
+    A batch of rollouts has prompt_mask [batch, prompt] and completion_mask [batch, completion] in place of these.
     Tokens are those that attention_mask [batch, sequence] has, or all. Packed rows are told by position_ids [batch,
     sequence] that begin again. Labels are those that a loss looks at, which begins at the second token.
     """
+    if is_rollouts(inputs):
+        return Batch(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum(), None, {})
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         return None
@@ -121,6 +124,13 @@ def count(inputs: Any, windows: tuple[int | None, ...]) -> Batch | None:
             full = _at_most(lengths, window)
             pairs[window] = (full * (full + 1) // 2 + (lengths - full) * full).sum()
     return Batch(lengths.sum(), None if labels is None else (labels[:, 1:] != IGNORED).sum(), pairs)
+
+
+def is_rollouts(inputs: Any) -> bool:
+    """Whether a micro-batch is prompts and the completions that were sampled for them."""
+    return isinstance(inputs, Mapping) and all(
+        isinstance(inputs.get(name), torch.Tensor) for name in ("prompt_mask", "completion_mask")
+    )
 
 
 def _at_most(value: torch.Tensor, most: int | None) -> torch.Tensor:

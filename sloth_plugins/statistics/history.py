@@ -13,14 +13,17 @@ from ..errors import SlothError, nearest
 STATE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _EVAL = re.compile(r"eval_(.+)_loss")
-# What we add to the entries that hold a loss: seconds, tokens a second and a device, GiB, GiB, a share.
-SECONDS, SPEED, PEAK, PLANNED, MFU = (
+# What we add to the entries that hold a loss: seconds, tokens trained and sampled a second, GiB, GiB, a share.
+SECONDS, SPEED, SAMPLED, PEAK, PLANNED, MFU = (
     "step_seconds",
     "tokens_per_second",
+    "rollout_tokens_per_second",
     "peak_memory_gib",
     "planned_memory_gib",
     "mfu",
 )
+PHASES = ("rollout", "sync", "reference", "reward", "loss")
+"""What a step of reinforcement learning consists of, of which each has its `_seconds` in these entries."""
 Entry = Mapping[str, Any]
 
 

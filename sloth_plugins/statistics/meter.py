@@ -2,15 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .flops import Batch, count, needed
-from .history import MFU, PEAK, PLANNED, SECONDS, SPEED
+from .history import MFU, PEAK, PLANNED, SAMPLED, SECONDS, SPEED
 from .peaks import peak_flops
+from .phases import Phases
 
 _PLANS = "sloth_plugins.patches.checkpointing.backbone"
 _HALF = (torch.float16, torch.bfloat16)
@@ -29,7 +30,8 @@ class Meter:
         self._peak_flops = _peak_flops(model, args) if self._needed is not None else None
         self._windows = tuple(self._needed.pairs) if self._needed is not None and self._peak_flops is not None else ()
         self._peak_bytes = 0
-        self._is_paused = False
+        self.is_paused = False
+        self.phases = Phases(self._device)
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -45,19 +47,30 @@ class Meter:
         self._has_tokens &= found is not None
         self._has_labels &= found is not None and found.labels is not None
         for name, value in _named(found) if found is not None else ():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._add(name, value)
+
+    def sampled(self, batch: Any) -> None:
+        """Completions were sampled, if this is a batch of them; what is in their mask [batch, completion] counts."""
+        mask = batch.get("completion_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, torch.Tensor):
+            self._add("sampled", mask.sum())
+
+    def _add(self, name: Any, value: torch.Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Around evaluation and saving, which are no training."""
-        if self._is_paused:  # an evaluation of several data sets evaluates each
+        if self.is_paused:  # an evaluation of several data sets evaluates each
             yield
             return
-        began, self._is_paused = time.perf_counter(), True
+        began, self.is_paused = time.perf_counter(), True
+        self.phases.enter()
         try:
             yield
         finally:
-            self._is_paused = False
+            self.phases.leave()
+            self.is_paused = False
             self._paused += time.perf_counter() - began
 
     def read(self, step: int) -> dict[str, float]:
@@ -72,13 +85,17 @@ class Meter:
         sums = {name: int(value) for name, value in self._sums.items()}
         self._peak_bytes = max(self._peak_bytes, peak_bytes(self._device))
         found = {SECONDS: round(seconds / steps, 5)}
-        if self._has_tokens and sums:
+        if self._has_tokens and "tokens" in sums:
             found[SPEED] = round(sums["tokens"] / seconds, 1)
+        phases = self.phases.read()
+        found |= {f"{phase}_seconds": round(spent / steps, 5) for phase, spent in phases.items()}
+        if "sampled" in sums and phases.get("rollout"):
+            found[SAMPLED] = round(sums["sampled"] / phases["rollout"], 1)
         found[PEAK] = round(self._peak_bytes / 2**30, 3)
         planned = planned_bytes(self._model)
         if planned:
             found[PLANNED] = round(planned / 2**30, 3)
-        if self._needed is not None and self._peak_flops is not None and self._has_labels and sums:
+        if self._needed is not None and self._peak_flops is not None and self._has_labels and "labels" in sums:
             flops = self._needed.of(sums["tokens"], sums["labels"], {w: sums[w] for w in self._windows})
             found[MFU] = round(flops / seconds / self._peak_flops, 4)
         self.begin(step)

@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from .history import MFU, PEAK, PLANNED, SECONDS, SPEED, History, Series
+from .history import MFU, PEAK, PHASES, PLANNED, SECONDS, SPEED, History, Series
 from .summary import settled
 
 FILE = "sloth_statistics.png"
@@ -100,6 +100,25 @@ def _losses(axis: Any, history: History) -> None:
         axis.legend(frameon=False)
 
 
+def _reward(axis: Any, history: History) -> None:
+    reward = history.series("reward")
+    axis.plot(reward.steps, reward.values, color=TRAIN, alpha=0.25, linewidth=0.8)
+    _line(axis, _smooth(reward), TRAIN, linewidth=1.6)
+    axis.set_ylabel("reward (smoothed)")
+    axis.set_title("Reward", loc="left")
+
+
+def _phases(axis: Any, history: History) -> None:
+    found = {phase: history.series(f"{phase}_seconds") for phase in PHASES}
+    for (phase, series), color in zip(found.items(), (TRAIN, *EVALS), strict=True):
+        if series:
+            _line(axis, series, color, phase, linewidth=1.6)
+    _from_nothing(axis, *found.values())
+    axis.set_ylabel("seconds a step")
+    axis.set_title("Where the time goes", loc="left")
+    axis.legend(frameon=False)
+
+
 def _rate(axis: Any, history: History) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -147,10 +166,12 @@ def _from_nothing(axis: Any, *shown: Series) -> None:
 
 
 _PANELS: tuple[tuple[tuple[str, ...], Panel], ...] = (
+    (("reward",), _reward),
     (("loss", "eval_loss"), _losses),
     (("learning_rate",), _rate),
     ((SPEED, SECONDS), _speed),
     ((PEAK,), _memory),
+    (tuple(f"{phase}_seconds" for phase in PHASES), _phases),
 )
 
 

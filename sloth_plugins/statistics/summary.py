@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator
 
 from ..report import columns
-from .history import MFU, PEAK, PLANNED, SECONDS, SPEED, History, Series
+from .history import MFU, PEAK, PHASES, PLANNED, SAMPLED, SECONDS, SPEED, History, Series
 
 
 def lines(history: History) -> list[str]:
@@ -30,6 +30,20 @@ def _measured(series: Series) -> float:
     return sum(value * (step - last) for value, step, last in since)
 
 
+def _shares(history: History) -> dict[str, float]:
+    """The part of all steps' time that went into each phase, and the rest; nothing where no phase was measured."""
+    seconds = history.series(SECONDS)
+    since = {step: step - last for step, last in zip(seconds.steps, [0, *seconds.steps], strict=False)}
+
+    def spent(series: Series) -> float:
+        return sum(value * since.get(step, 0) for value, step in zip(series.values, series.steps, strict=True))
+
+    whole = spent(seconds)
+    found = {phase: spent(history.series(f"{phase}_seconds")) for phase in PHASES}
+    shares = {phase: part / whole for phase, part in found.items() if part > 0 and whole > 0}
+    return {**shares, "the rest": max(0.0, 1 - sum(shares.values()))} if shares else {}
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -42,12 +56,19 @@ def _rows(history: History) -> Iterator[tuple[str, str]]:
     for label, series in {"training": history.series("loss"), **history.evals()}.items():
         if series:
             yield f"{label} loss", _loss(series)
-    seconds, speed, mfu = (settled(history.series(name)) for name in (SECONDS, SPEED, MFU))
+    if reward := history.series("reward").values:
+        edge = -(-len(reward) // 10)
+        first, last = statistics.fmean(reward[:edge]), statistics.fmean(reward[-edge:])
+        yield "reward", f"{first:.3f} in the first tenth, {last:.3f} in the last"
+    seconds, speed, sampled, mfu = (settled(history.series(name)) for name in (SECONDS, SPEED, SAMPLED, MFU))
     if seconds:
         among = f", {_time(min(seconds))} to {_time(max(seconds))}" if len(seconds) > 1 else ""
         yield "time a step", f"{_time(statistics.median(seconds))}{among}"
+    if shares := _shares(history):
+        yield "where it went", ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items())
     if speed:
-        yield "tokens a second", f"{statistics.median(speed):,.0f} on each device"
+        rollouts = f", {statistics.median(sampled):,.0f} sampled in rollouts" if sampled else ""
+        yield "tokens a second", f"{statistics.median(speed):,.0f} on each device{rollouts}"
     if mfu:
         yield "MFU", f"{statistics.median(mfu):.1%} of the card's peak"
     peak, planned = history.series(PEAK).values, history.series(PLANNED).values

@@ -30,6 +30,7 @@ from sloth_plugins.patches.kernels import notices
 from sloth_plugins.patches.rollouts import adapter, engine, swap
 from sloth_plugins.patches.rollouts.files import AdapterFolder
 from sloth_plugins.patches.rollouts.rescue import RolloutError
+from sloth_plugins.statistics.history import PHASES
 
 # Compiling takes longer than all that is done here.
 vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True)
@@ -349,6 +350,12 @@ def grpo(folder, selection, layout="plain", **options):
         "base": changed(trainer.model, before),
         "adapter": len(changed(trainer.model, before, base=False)),
         "dtype": str(trainer.vllm_generation.llm.llm_engine.model_config.dtype),
+        "seconds": [
+            {name: row[f"{name}_seconds"] for name in (*PHASES, "step") if f"{name}_seconds" in row}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ],
+        "own": sorted({"sync_weights"} & vars(trainer.vllm_generation).keys()),
         "said": said(),
     }
 

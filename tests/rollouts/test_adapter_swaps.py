@@ -67,7 +67,7 @@ def test_an_engine_goes_on_after_revert(swaps):
 
 def test_grpo_trains_on_what_it_samples_and_stock_does_not(engine):
     stock, _ = engine("grpo", selection="")
-    patched, log = engine("grpo", selection="trl")
+    patched, log = engine("grpo", selection="trl,trainer:statistics")
     assert len(patched["differences"]) == len(stock["differences"]) == 2
     # TRL leaves the dtype to vLLM, which halves it, and merging writes into the base.
     assert stock["dtype"] == "torch.bfloat16"
@@ -77,6 +77,18 @@ def test_grpo_trains_on_what_it_samples_and_stock_does_not(engine):
     assert patched["adapter"] > 0
     for name in ("vllm_dtype", "vllm_lora_swap"):
         assert f"trl_vllm:{name}" in log
+
+
+def test_the_time_of_giving_vllm_the_weights_is_logged(engine):
+    found, _ = engine("grpo", selection="trl,trainer:statistics")
+    assert len(found["seconds"]) == 2
+    for entry in found["seconds"]:
+        # The first step's weights may be those that the engine has started with.
+        assert {"rollout", "reference", "reward", "loss", "step"} <= entry.keys()
+        assert min(entry.values()) > 0
+        assert sum(entry.values()) <= 2 * entry["step"] + 1e-4
+    assert "sync" in found["seconds"][1]
+    assert found["own"] == []
 
 
 def test_grpo_on_a_layout_of_vllms_own(engine):

@@ -1,11 +1,13 @@
-"""A user's own script: GRPO on generated sums, rewarded by how near the answer is; prints the reward.
+"""A user's own script: GRPO on generated sums, rewarded by how near the answer is.
 
-SLOTH_PLUGINS=1 python train_grpo_sums.py --model FOLDER --steps 60
+python sums_model.py FOLDER && SLOTH_PLUGINS=1 python train_grpo_sums.py --model FOLDER --cpu
+
+Two minutes on two cores, with OMP_NUM_THREADS=1: threads that wait for each other take longer than so small a model.
 """
 
 import argparse
 import random
-import statistics
+import re
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -13,39 +15,36 @@ from trl import GRPOConfig, GRPOTrainer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
-parser.add_argument("--steps", type=int, default=60)
+parser.add_argument("--steps", type=int, default=150)
 parser.add_argument("--out", default="grpo_sums")
 parser.add_argument("--cpu", action="store_true")
 args = parser.parse_args()
 
 
 def nearness(completions, answer, **columns):
-    """1 for the right sum, less for one that is farther away, 0.3 for any number, 0 for what is none."""
-    rewards = []
-    for completion, right in zip(completions, answer, strict=True):
-        text = completion.strip()
-        rewards.append(0.3 + 0.7 / (1 + abs(int(text) - right) / 10) if text.isdecimal() else 0.0)
-    return rewards
+    """1 for the right sum, less for a number that is farther away, 0 for none."""
+    found = [re.search(r"\d+", completion) for completion in completions]
+    return [
+        1 / (1 + abs(int(number[0]) - right)) if number else 0.0 for number, right in zip(found, answer, strict=True)
+    ]
 
 
 numbers = random.Random(0)
-sums = [(numbers.randrange(50), numbers.randrange(50)) for _ in range(2000)]
+sums = [(numbers.randrange(10), numbers.randrange(10)) for _ in range(2000)]
 trainer = GRPOTrainer(
     model=args.model,
     reward_funcs=nearness,
     args=GRPOConfig(
         output_dir=args.out,
         max_steps=args.steps,
-        per_device_train_batch_size=32,
-        num_generations=16,
-        max_completion_length=6,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        logging_steps=1,
+        per_device_train_batch_size=256,
+        num_generations=8,
+        max_completion_length=3,
+        learning_rate=2e-3,
+        beta=0.01,
+        logging_steps=5,
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
         bf16=not args.cpu,
         use_cpu=args.cpu,
     ),
@@ -53,6 +52,3 @@ trainer = GRPOTrainer(
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
 )
 trainer.train()
-rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-edge = max(1, len(rewards) // 6)
-print(f"reward {statistics.mean(rewards[:edge]):.3f} at first, {statistics.mean(rewards[-edge:]):.3f} at last")

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-TIMES = ("runtime", "per_second", "time", "flos", "step_seconds", "memory_gib")
+TIMES = ("runtime", "per_second", "time", "flos", "_seconds", "memory_gib")
 
 
 def tokenizer():

@@ -87,6 +87,22 @@ def test_the_time_of_a_resumed_run_is_that_of_all_its_steps(tmp_path):
     assert run(tmp_path)[1].startswith("10 steps in 5.0 s of training, resumed\n")
 
 
+def test_a_run_of_reinforcement_learning_shows_its_reward_and_where_its_time_went(tmp_path):
+    found = state(20)
+    for i, entry in enumerate(found["log_history"]):
+        entry |= {"reward": i / 20, "loss_seconds": 0.125, "rollout_tokens_per_second": 3000.0}
+        if i % 2:  # every second step trains on what the one before has sampled
+            entry["rollout_seconds"] = 0.25
+    write(tmp_path, found)
+    rows = dict(line.strip().split("  ", 1) for line in run(tmp_path)[1].splitlines() if line.startswith("  "))
+    assert rows["reward"].strip() == "0.025 in the first tenth, 0.925 in the last"
+    assert rows["where it went"].strip() == "rollout 25%, loss 25%, the rest 50%"
+    assert rows["tokens a second"].strip() == "2,000 on each device, 3,000 sampled in rollouts"
+    titles = [axis.get_title(loc="left") for axis in picture._figure(History(found["log_history"])).axes]
+    assert titles[0] == "Reward"
+    assert titles[-1] == "Where the time goes"
+
+
 def test_the_pictures_mfu_is_the_tables(tmp_path):
     found = state(3)
     for entry, mfu in zip(found["log_history"], (0.01, 0.401, 0.403), strict=True):
