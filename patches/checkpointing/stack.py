@@ -244,7 +244,7 @@ class Stack:
         if self.worst is None or self.current.share > self.worst.share:
             self.worst = self.current
         # Kept activations save more for a byte, so weights get what these leave over.
-        spare = left - self.current.peak if self.current.share == 0.0 else 0
+        spare = left - self.current.peak if self.current.share == 0.0 and self.budget.kind != "min" else 0
         # Graphs take about as much as they spare, and what they take is no longer left.
         was_roomy, self.is_roomy = self.is_roomy, spare > (0 if self.is_roomy else self.current.peak)
         if was_roomy and not self.is_roomy:

@@ -10,7 +10,7 @@ from ..blocks.run import Parts
 from .bytes import bytes_of
 
 # Of what is left over; the rest is for what nobody has planned.
-SHARE = 0.75
+SHARE = 0.9
 
 
 def made_weights(parts: Parts) -> list[tuple[Group, tuple[Projection, ...]]]:
@@ -20,20 +20,20 @@ def made_weights(parts: Parts) -> list[tuple[Group, tuple[Projection, ...]]]:
 
 
 def fit(layers: Iterable[Parts], tokens: int, spare: int) -> int:
-    """Let as many layers' weights stay as fit into `spare` bytes, and none of the others; returns the bytes that stay.
+    """Let as many weights stay as fit into `spare` bytes, and none of the others; returns the bytes that stay.
 
     Layers that run as CUDA graphs make their own.
     """
     total = 0
     for parts in layers:
         made = made_weights(parts)
-        numbers = sum(p.shape[0] * p.shape[1] for _, together in made for p in together)
-        size = sum(bytes_of(group, together) for group, together in made)
-        if not made or total + size > spare or tokens * numbers <= graphs.MAX_WORK:
-            resident.drop(p for _, together in made for p in together)
-            continue
-        total += size
+        is_in_graph = tokens * sum(p.shape[0] * p.shape[1] for _, together in made for p in together) <= graphs.MAX_WORK
         for group, together in made:
+            size = bytes_of(group, together)
+            if is_in_graph or total + size > spare:
+                resident.drop(together)
+                continue
+            total += size
             if resident.held(together, group.dtype, joint_shape(together, group.room)) is None:
                 resident.hold(together, joint_weight(together, group.dtype, group.room))
     return total

@@ -61,7 +61,7 @@ def test_grpo_generates_and_learns_the_same(arithmetic, tmp_path):
     assert len(set(stock["completions"])) > 10
     assert_same(stock["logged"], patched["logged"])
     assert any(entry.get("reward_std", 0) > 0 for entry in stock["logged"])
-    assert "trl_grpo:trl_logprobs" in log
+    assert "trl:trl_logprobs" in log
 
 
 SENTENCES = {
