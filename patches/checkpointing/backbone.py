@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,8 @@ def stack_of(module: torch.nn.Module) -> Stack | None:
     known = _stacks.get(module)
     if known is not None and known.modules == layers:
         return known
-    devices = {p.device for layer in layers for p in layer.parameters()}
+    # Nobody splits a layer, and where nothing is planned this is asked at every step.
+    devices = {p.device for layer in layers for p in itertools.islice(layer.parameters(), 1)}
     if len(devices) > 1:
         say_once("memory: nothing is planned, because the layers are on several devices")
     if len(devices) != 1:
