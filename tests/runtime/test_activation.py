@@ -85,7 +85,7 @@ def test_a_seam_patches_reports_once_and_is_idempotent(model, capsys):
     prepare(model)
     assert first.count("llama:rms_norm       3        applied") == 1
     assert capsys.readouterr().err == ""
-    assert count(model) == 7
+    assert count(model) == 8
 
 
 def test_after_deactivate_the_seams_are_upstreams_own(model):
@@ -116,7 +116,7 @@ def test_a_reference_model_prepared_for_evaluation_stays_stock(model, capsys):
     Accelerator(cpu=True).prepare_model(model, evaluation_mode=True)
     assert count(model) == 0
     Accelerator(cpu=True).prepare_model(model)
-    assert count(model) == 7
+    assert count(model) == 8
 
 
 def test_a_model_that_was_reverted_is_left_alone(model, capsys):
@@ -128,7 +128,7 @@ def test_a_model_that_was_reverted_is_left_alone(model, capsys):
     assert "was reverted and trains stock" in capsys.readouterr().err
     sloth_plugins.patch(model)
     prepare(model)
-    assert count(model) == 7
+    assert count(model) == 8
 
 
 def test_something_that_is_no_transformers_model_trains_stock(capsys):
@@ -156,7 +156,7 @@ def test_a_model_that_holds_a_reverted_one_is_left_alone(model, capsys):
     prepare(around)
     assert count(around) == 0
     sloth_plugins.patch(around)
-    assert count(around) == 7
+    assert count(around) == 8
     sloth_plugins.revert(model.model)
     prepare(model)
     assert count(model) == 1  # what computes the loss is no part of model.model
@@ -175,7 +175,7 @@ def test_a_method_that_upstream_has_moved_is_said_and_imports_go_on(model, capsy
     sloth_plugins.activate("1")
     assert "transformers.trainer.Trainer.moved is not what it was" in capsys.readouterr().err
     prepare(model)
-    assert count(model) == 7
+    assert count(model) == 8
 
 
 def test_a_finder_of_the_old_kind_does_not_disturb_the_watcher(tmp_path):
@@ -203,7 +203,7 @@ def test_two_models_of_which_one_is_prepared(model):
     sloth_plugins.activate("1")
     other = AutoModelForCausalLM.from_config(model.config)
     prepare(model)
-    assert (count(model), count(other)) == (7, 0)
+    assert (count(model), count(other)) == (8, 0)
 
 
 def test_a_failure_of_our_own_leaves_training_unharmed(model, capsys, monkeypatch):
@@ -236,7 +236,7 @@ def test_an_old_torch_is_a_reason_and_training_goes_on(model, capsys, monkeypatc
     sloth_plugins.activate("1")
     prepare(model)
     assert count(model) == 0
-    assert capsys.readouterr().err.count("version: needs torch>=2.8, found 2.1.0") == 5
+    assert capsys.readouterr().err.count("version: needs torch>=2.8, found 2.1.0") == 6
 
 
 def test_rivals_in_the_process_are_named(model, capsys, monkeypatch):
@@ -276,4 +276,4 @@ def test_patching_a_32_layer_model_takes_less_than_a_second():
     start = time.perf_counter()
     report = sloth_plugins.patch(model, "1")
     assert time.perf_counter() - start < 1
-    assert report.changed == 65 + 32 + 32 + 32 + 1
+    assert report.changed == 65 + 32 + 32 + 32 + 1 + 1

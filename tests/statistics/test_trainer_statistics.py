@@ -185,7 +185,7 @@ def test_evaluation_while_training_leaves_all_patches_in_place(tmp_path, capsys)
     sloth_plugins.activate("1")
     made = trainer(tmp_path, callbacks=[Looking()])
     made.train()
-    assert seen == [{"bookkeeping", "async_step", "statistics"}] * 4
+    assert seen == [{"bookkeeping", "async_step", "memory_plans", "statistics"}] * 4
     assert len(logged(made, "eval_loss")) == 4
     assert len(logged(made, SPEED)) == 4
     told = capsys.readouterr().err
