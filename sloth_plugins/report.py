@@ -54,10 +54,8 @@ def _labels(outcomes: Iterable[Outcome]) -> list[str]:
     members: dict[tuple[str, str], set[str]] = {}
     for outcome in outcomes:
         members.setdefault((outcome.family, outcome.patch), set()).add(outcome.architecture)
-    return [
-        f"{outcome.family if len(members[outcome.family, outcome.patch]) == 1 else outcome.architecture}:{outcome.patch}"
-        for outcome in outcomes
-    ]
+    owners = (o.family if len(members[o.family, o.patch]) == 1 else o.architecture for o in outcomes)
+    return [f"{owner}:{outcome.patch}" for owner, outcome in zip(owners, outcomes, strict=True)]
 
 
 def text(report: Report) -> str:

@@ -55,13 +55,9 @@ def target_class(patch: Patch, trainer: Any) -> type | None:
 
 
 def is_meant(patch: Patch, trainer: Any, args: Any) -> bool:
-    """Whether a patch is for a trainer as this one, made already, and for arguments such as it has, whatever they are."""
-    roots = (path.partition(".")[0] for path in patch.where)
-    return (
-        not patch.constructor
-        and target_class(patch, trainer) is not None
-        and all(hasattr(args, root) for root in roots)
-    )
+    """Whether a patch is for a trainer as this one, made already, and for arguments that it has, whatever they say."""
+    has_all = all(hasattr(args, path.partition(".")[0]) for path in patch.where)
+    return has_all and not patch.constructor and target_class(patch, trainer) is not None
 
 
 def _hidden(trainer: Any, binding: Binding) -> str | None:
