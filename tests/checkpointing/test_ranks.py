@@ -2,16 +2,14 @@
 
 import os
 import re
-import sys
 
-from launching import run
+from launching import warm
 from paths import ROOT, SCRIPTS
 
 
 def test_two_processes_plan_with_the_memory_of_the_smaller(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tests/blocks", "tests/checkpointing"))
-    done = run([*torchrun, SCRIPTS / "planned_ranks.py"], tmp_path, PYTHONPATH=path, OUT=str(tmp_path))
+    done = warm([SCRIPTS / "planned_ranks.py"], tmp_path, processes=2, PYTHONPATH=path, OUT=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"plan (\[.*?\]) ceiling (\d+)", done.stdout)
     assert len(found) == 2, done.stdout

@@ -44,9 +44,8 @@ def path(site):
 def test_a_launched_script_is_patched_and_trains_to_the_same_losses(site, tmp_path):
     arguments = ["--model-type", "olmo2"]
     stock, _ = launch("train_trainer.py", tmp_path, arguments=arguments, through=WARM)
-    patched, log = launch(
-        "train_trainer.py", tmp_path, flag="olmo2:rms_norm+rope+glu", arguments=arguments, **path(site)
-    )
+    options = {"flag": "olmo2:rms_norm+rope+glu", "arguments": arguments, "through": WARM, **path(site)}
+    patched, log = launch("train_trainer.py", tmp_path, **options)
     assert patched == pytest.approx(stock, rel=1e-5)
     assert re.search(r"olmo2:rms_norm +9 +applied", log)
     assert re.search(r"olmo2:rope +2 +applied", log)

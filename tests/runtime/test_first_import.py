@@ -3,18 +3,10 @@
 import re
 
 import pytest
-from launching import python
+from launching import python, warm
 
 pytestmark = pytest.mark.slow
-FIRST = [
-    "import torch",
-    "from transformers import LlamaForCausalLM",
-    "import peft",
-    "from trl import SFTTrainer",
-    "import accelerate",
-    "import datasets",
-    "import sloth_plugins",
-]
+FIRST = ["import torch", "import peft", "from trl import SFTTrainer", "import sloth_plugins"]
 TRAIN = """
 from transformers import Trainer, TrainingArguments
 from common import model, rows
@@ -53,5 +45,5 @@ def test_the_flag_alone_imports_neither_plugins_nor_torch_extras(tmp_path):
 
 @pytest.mark.parametrize("flag", ["off", "0"])
 def test_off_is_silent(flag, tmp_path):
-    done = python(f"import torch\n{PREPARE}", tmp_path, flag=flag)
+    done = warm(["-c", f"import torch\n{PREPARE}"], tmp_path, flag=flag)
     assert "sloth-plugins" not in done.stderr + done.stdout

@@ -4,11 +4,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from launching import ACCELERATE, WARM, environment, launch, python, run
+from launching import ACCELERATE, WARM, environment, launch, python, run, warm
 from paths import SCRIPTS
 
 pytestmark = pytest.mark.slow
@@ -53,7 +52,7 @@ def test_gradient_checkpointing_in_trainer(tmp_path):
 
 def test_by_hand_without_trainer_or_accelerate(tmp_path):
     stock, _ = launch("train_bare.py", tmp_path, flag="off", through=WARM)
-    patched, log = launch("train_bare.py", tmp_path, through=[sys.executable])
+    patched, log = launch("train_bare.py", tmp_path, through=WARM)
     assert_same(stock, patched)
     assert "patched 13" in log
     _, log = launch("train_bare.py", tmp_path, flag="1", through=WARM)
@@ -94,8 +93,7 @@ def test_every_process_is_patched(tmp_path):
         # One write a process: print() writes its pieces one by one where Python is unbuffered.
         "print(f'COUNTS {accelerator.gather(count).tolist()}\\n', end='')\nend(accelerator)\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    done = run([*torchrun, script], tmp_path, flag="1")
+    done = warm([script], tmp_path, flag="1", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("COUNTS [13, 13]") == 2
     assert done.stderr.count("sloth-plugins 0") == 1
