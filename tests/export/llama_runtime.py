@@ -7,6 +7,7 @@ checked against their known defaults.
 
 import ctypes
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -135,7 +136,15 @@ class Llama:
         return list(room[:count])
 
     def logits(self, ids: list[int], n_ctx: int | None = None) -> np.ndarray:
-        """Logits [tokens, vocabulary] in fp32, in one thread."""
+        """Logits [tokens, vocabulary] in fp32, in one thread.
+
+        That is a new one at each call: it sets the processor's tiles (AMX) up once for each thread, and where torch has
+        used and released them since, their instructions are illegal.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._logits, ids, n_ctx).result()
+
+    def _logits(self, ids: list[int], n_ctx: int | None) -> np.ndarray:
         params = self.lib.llama_context_default_params()
         params.n_ctx = max(n_ctx or 0, len(ids))
         params.n_batch = params.n_ubatch = len(ids)
