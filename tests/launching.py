@@ -66,31 +66,31 @@ def _warm():
     return process, folder
 
 
-@functools.cache
-def _port():
+def free_port():
+    """A port of this host that nobody has now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def _rank(rank, processes):
+def _rank(rank, processes, port):
     """What a launcher says to one of several processes."""
     if processes == 1:
         return {}
     said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
+    said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {name: str(value) for name, value in said.items()}
 
 
 def warm(command, folder, flag=None, timeout=240, processes=1, **changes):
     """As `run`, of what comes after `python`, in processes that have imported torch, Trainer and the like already."""
-    process, place = _warm()
+    (process, place), port = _warm(), free_port()
     said = {stream: place / stream for stream in ("stdout", "stderr")}
     for file in said.values():
         file.write_text("")
     given = {"command": list(map(str, command)), "folder": str(folder), "timeout": timeout}
     given |= {stream: str(file) for stream, file in said.items()}
-    given["environments"] = [environment(flag, **_rank(rank, processes), **changes) for rank in range(processes)]
+    given["environments"] = [environment(flag, **_rank(rank, processes, port), **changes) for rank in range(processes)]
     process.stdin.write(json.dumps(given) + "\n")
     process.stdin.flush()
     code = int(process.stdout.readline())

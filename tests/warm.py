@@ -77,7 +77,7 @@ def exit_code(command) -> int:
 
 
 def execute(command) -> None:
-    """`-c CODE`, `-m MODULE` or a script, and its arguments, after what torch calls at the end of its import."""
+    """`-c CODE` or a script, and its arguments, after what torch calls at the end of its import."""
     what, *rest = command
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [path for path in paths if path and path not in sys.path]
@@ -88,9 +88,6 @@ def execute(command) -> None:
     if what == "-c":
         sys.argv, sys.path[0:0] = ["-c", *rest[1:]], [""]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
-    elif what == "-m":
-        sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0:0] = [what, *rest], [os.path.dirname(os.path.abspath(what))]
         runpy.run_path(what, run_name="__main__")

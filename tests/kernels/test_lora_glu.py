@@ -44,7 +44,7 @@ def plus(y, added):
     return y if added is None else y + added.x.to(y.dtype) @ added.b.to(y.dtype).t()
 
 
-@pytest.mark.parametrize("activation", list(ACTS)[:1] if INTERPRETED else list(ACTS))
+@pytest.mark.parametrize("activation", ACTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("in_place", [False, True])

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from unittest import mock
 
 import pytest
 from install_vllm import FOLDER, PYTHON, is_installed
+from launching import free_port
 from paths import ROOT
 
 HERE = ROOT / "tests" / "rollouts"
@@ -37,17 +37,14 @@ def engine(vllm_python, tmp_path_factory):
         key: value for key, value in os.environ.items() if not key.startswith(("SLOTH", "VLLM", "TRITON_INTERPRET"))
     }
     log = folder / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        # TRL would take the one that accelerate takes too, in tests that run beside these.
-        port = free.getsockname()[1]
+    # Of ports TRL would take the one that accelerate takes too, in tests that run beside these.
     parent = subprocess.Popen(
         [vllm_python, HERE / "engines.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log.open("w"),
         text=True,
-        env={**kept, "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(port)},
+        env={**kept, "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(free_port())},
     )
 
     def answer():
