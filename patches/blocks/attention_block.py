@@ -202,6 +202,9 @@ class AttentionBlock(torch.autograd.Function):
             with run.measured("again"):
                 made, _ = forward(run, x, differentiable=True)
         run.recomputed = None
+        if run.parked is not None:
+            # Not while the MLP's backward holds more than any other part.
+            run.parked.fetch_next()
         if not repeatable:
             run.release()
             ctx.others = {}

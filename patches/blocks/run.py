@@ -65,6 +65,9 @@ class Parked(Protocol):
     def take(self, *, keep: bool) -> list[Tensor]:
         """Them again, on the device; with `keep` not for the last time."""
 
+    def fetch_next(self) -> None:
+        """Begin to bring what will be taken after these."""
+
 
 class Host(Protocol):
     """Memory that is not the device's."""

@@ -1,7 +1,7 @@
 """Tensors that wait for their backward in host memory, copied there and back while the device computes.
 
-One stream copies out, another back in. What was copied out last is wanted first, so when one is taken the copy of the
-one before it begins. Host memory is pinned and used again.
+One stream copies out, another back in. What was copied out last is wanted first, so while the backward of one layer
+runs, and no longer needs most memory, the copy of the one before it begins. Host memory is pinned and used again.
 """
 
 import weakref
@@ -158,9 +158,12 @@ class Parked:
         assert fetched is not None, "they were fetched"
         if self._event is not None:
             torch.cuda.current_stream(self._host.device).wait_event(self._event)
-        other = self._host.before(self)
-        if other is not None:
-            other.fetch()
         if not keep:
             self._release()
         return fetched
+
+    def fetch_next(self) -> None:
+        """Begin to copy back what will be taken after this."""
+        other = self._host.before(self)
+        if other is not None:
+            other.fetch()

@@ -43,11 +43,16 @@ class Cuda:
         """What this process has reserved and what is free, within the fraction that it was given."""
         free, total = torch.cuda.mem_get_info(self.device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
-        return int((1.0 - FRAGMENTATION) * min(free + torch.cuda.memory_reserved(self.device), allowed))
+        return int((1.0 - FRAGMENTATION) * min(free + self._now("reserved_bytes"), allowed))
 
     def allocated(self) -> int:
         """What torch has handed out now."""
-        return int(torch.cuda.memory_allocated(self.device))
+        return self._now("allocated_bytes")
+
+    def _now(self, name: str) -> int:
+        # Asked before each micro-batch, while the device waits; torch's other ways sort all that there is to say.
+        statistics = torch.cuda.memory_stats_as_nested_dict(self.device)
+        return int(statistics[name]["all"]["current"]) if statistics else 0
 
     def peak(self) -> int:
         """The most that torch had handed out."""

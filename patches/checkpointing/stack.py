@@ -58,6 +58,8 @@ class Stack:
         self.limit = self.predicted = 0
         # Bytes of weights that stay and need not be made; and whether there is room for graphs, which hold memory.
         self.staying = 0
+        # For which tokens and bytes they were last chosen, which walks all layers while the device waits.
+        self._fitting: tuple[int, int] | None = None
         self.is_roomy = False
         self.shape = Shape(0, 0)
         self._index = {id(module): i for i, module in enumerate(self.modules)}
@@ -185,6 +187,7 @@ class Stack:
     def at_rest(self) -> None:
         """What runs now is no training, and may need all memory that is not taken for good."""
         weights.drop(self._fused())
+        self._fitting = None
         self.host = None
 
     def _policy(self, i: int) -> Policy:
@@ -198,6 +201,7 @@ class Stack:
         known = self._layers.get(i)
         if not isinstance(known, Fused) or known.parts is not run.parts:
             self._layers[i] = Fused.of(run, x)
+            self._fitting = None
             if isinstance(known, Foreign) or (known is not None and known.kind != self._layers[i].kind):
                 self._plans.clear()
         run.may_hold = self.is_roomy
@@ -249,7 +253,9 @@ class Stack:
         was_roomy, self.is_roomy = self.is_roomy, spare > (0 if self.is_roomy else self.current.peak)
         if was_roomy and not self.is_roomy:
             graphs.drop()
-        self.staying = weights.fit(self._fused(), shape.tokens, int(weights.SHARE * spare))
+        fitting = shape.tokens, int(weights.SHARE * spare) // grain * grain
+        if fitting != self._fitting:
+            self._fitting, self.staying = fitting, weights.fit(self._fused(), *fitting)
         self.predicted = self.limit - left + self.current.peak + self.staying
         self.told(self, self.current)
 

@@ -2,6 +2,7 @@
 # Kernels are written in Triton's language, not in typed Python.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,24 +16,40 @@ from .rows import cdiv, next_power_of_2
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
 
-# Measured on an H200: rows and columns of a tile, warps. Small tiles leave room for many programs at once, which hides
-# that a product's result and what it is added to lie differently in the registers.
-FORWARD = (32, 64, 2)
-BACKWARD = (32, 32, 2)
+# Measured on an H200: rows of a tile, warps, tiles below each other in a program, and how many of these are on their way
+# at once. B is read once for all of them; and what is on its way lies in shared memory, from where it is read as the
+# products' results lie in the registers.
+FORWARD = (16, 4, 4, 3)
+BACKWARD = (32, 4, 4, 3)
+# Where a multiprocessor has less shared memory than this.
+SMALL_SHARED = 2**17
+SMALL_BACKWARD = (16, 4, 4, 1)
+# Bytes of B that a program holds for each term; and columns of a tile, at least and at most. A tile has at least as
+# many numbers as there are threads, so none of it is read by one after another has written there.
+FACTOR = 2**12
+LEAST_COLUMNS, COLUMNS = 32, 128
 
 
 @triton.jit
-def _plus_low_rank(
-    y, x_ptr, b_ptr, rows, cols, in_rows, in_cols, x_row, b_n, b_r, R: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
+def _factor(b_ptr, cols, in_cols, b_n, b_r, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """b^T [BLOCK_R, BLOCK_N] for the tile's columns; zeros without a term."""
+    if R > 0:
+        rank = tl.arange(0, BLOCK_R)
+        mask = (rank < R)[:, None] & in_cols[None, :]
+        b = tl.load(b_ptr + rank[:, None] * b_r + cols[None, :] * b_n, mask=mask, other=0.0)
+    else:
+        b = tl.zeros((BLOCK_R, cols.shape[0]), b_ptr.dtype.element_ty)
+    return b
+
+
+@triton.jit
+def _plus_low_rank(y, x_ptr, b, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """y + x b^T for a tile, rounded to the dtype that x has; y [BLOCK_M, BLOCK_N] in fp32."""
     if R > 0:
         rank = tl.arange(0, BLOCK_R)
         x_mask = in_rows[:, None] & (rank < R)[None, :]
-        b_mask = (rank < R)[:, None] & in_cols[None, :]
         x = tl.load(x_ptr + rows[:, None] * x_row + rank[None, :], mask=x_mask, other=0.0)
-        b = tl.load(b_ptr + rank[:, None] * b_r + cols[None, :] * b_n, mask=b_mask, other=0.0)
-        y = (y + tl.dot(x, b, input_precision="ieee")).to(x.dtype).to(tl.float32)
+        y = tl.dot(x, b, acc=y, input_precision="ieee").to(x.dtype).to(tl.float32)
     return y
 
 
@@ -40,56 +57,76 @@ def _plus_low_rank(
 def lora_glu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, gx_ptr, gb_ptr, ux_ptr, ub_ptr, n_rows, n, g_row, u_row, y_row,
     gx_row, gb_n, gb_r, ux_row, ub_n, ub_r,
-    ACTIVATION: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile to a program."""
-    tiles = tl.cdiv(n, BLOCK_N)
+    """TILES tiles below each other to a program."""
+    columns = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
-    rows = (pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = rows < n_rows
-    cols = (pid % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (pid % columns).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < n
-    mask = in_rows[:, None] & in_cols[None, :]
-    gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
-    up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
+    gate_b = _factor(gb_ptr, cols, in_cols, gb_n, gb_r, GATE_R, BLOCK_R)
+    up_b = _factor(ub_ptr, cols, in_cols, ub_n, ub_r, UP_R, BLOCK_R)
     element = gate_ptr.dtype.element_ty
-    factor = act(gate, ACTIVATION).to(element).to(tl.float32)
-    tl.store(y_ptr + rows[:, None] * y_row + cols[None, :], (factor * up).to(element), mask=mask)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        rows = ((pid // columns) * TILES + i).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        in_rows = rows < n_rows
+        mask = in_rows[:, None] & in_cols[None, :]
+        gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate = _plus_low_rank(gate, gx_ptr, gate_b, rows, in_rows, gx_row, GATE_R, BLOCK_R)
+        up = _plus_low_rank(up, ux_ptr, up_b, rows, in_rows, ux_row, UP_R, BLOCK_R)
+        factor = act(gate, ACTIVATION).to(element).to(tl.float32)
+        tl.store(y_ptr + rows[:, None] * y_row + cols[None, :], (factor * up).to(element), mask=mask)
 
 
 @triton.jit
 def lora_glu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dx_ptr, db_ptr, gx_ptr, gb_ptr, ux_ptr, ub_ptr, n_rows, n,
     dy_row, g_row, u_row, dg_row, du_row, dx_row, db_n, db_r, gx_row, gb_n, gb_r, ux_row, ub_n, ub_r,
-    ACTIVATION: tl.constexpr, DOWN_R: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, DOWN_R: tl.constexpr, GATE_R: tl.constexpr, UP_R: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile to a program; each element is read before it is written, so outputs may be gate and up."""
-    tiles = tl.cdiv(n, BLOCK_N)
+    """TILES tiles to a program; each element is read before it is written, so outputs may be gate and up."""
+    columns = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
-    rows = (pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = rows < n_rows
-    cols = (pid % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (pid % columns).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < n
-    mask = in_rows[:, None] & in_cols[None, :]
-    at_dy = dy_ptr + rows[:, None] * dy_row + cols[None, :]
-    gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
-    gate = _plus_low_rank(gate, gx_ptr, gb_ptr, rows, cols, in_rows, in_cols, gx_row, gb_n, gb_r, GATE_R, BLOCK_R)
-    up = _plus_low_rank(up, ux_ptr, ub_ptr, rows, cols, in_rows, in_cols, ux_row, ub_n, ub_r, UP_R, BLOCK_R)
-    dy = _plus_low_rank(dy, dx_ptr, db_ptr, rows, cols, in_rows, in_cols, dx_row, db_n, db_r, DOWN_R, BLOCK_R)
+    gate_b = _factor(gb_ptr, cols, in_cols, gb_n, gb_r, GATE_R, BLOCK_R)
+    up_b = _factor(ub_ptr, cols, in_cols, ub_n, ub_r, UP_R, BLOCK_R)
+    down_b = _factor(db_ptr, cols, in_cols, db_n, db_r, DOWN_R, BLOCK_R)
     element = gate_ptr.dtype.element_ty
-    factor = act(gate, ACTIVATION).to(element).to(tl.float32)
-    dgate = (dy * up).to(element).to(tl.float32) * act_grad(gate, ACTIVATION)
-    # Where a tile is held by more threads than it has numbers, all must have read before one writes.
-    tl.debug_barrier()
-    tl.store(dgate_ptr + rows[:, None] * dg_row + cols[None, :], dgate.to(element), mask=mask)
-    tl.store(dup_ptr + rows[:, None] * du_row + cols[None, :], (dy * factor).to(element), mask=mask)
-    tl.store(at_dy, (factor * up).to(element), mask=mask)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        rows = ((pid // columns) * TILES + i).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        in_rows = rows < n_rows
+        mask = in_rows[:, None] & in_cols[None, :]
+        at_dy = dy_ptr + rows[:, None] * dy_row + cols[None, :]
+        gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
+        gate = _plus_low_rank(gate, gx_ptr, gate_b, rows, in_rows, gx_row, GATE_R, BLOCK_R)
+        up = _plus_low_rank(up, ux_ptr, up_b, rows, in_rows, ux_row, UP_R, BLOCK_R)
+        dy = _plus_low_rank(dy, dx_ptr, down_b, rows, in_rows, dx_row, DOWN_R, BLOCK_R)
+        factor = act(gate, ACTIVATION).to(element).to(tl.float32)
+        dgate = (dy * up).to(element).to(tl.float32) * act_grad(gate, ACTIVATION)
+        tl.store(dgate_ptr + rows[:, None] * dg_row + cols[None, :], dgate.to(element), mask=mask)
+        tl.store(dup_ptr + rows[:, None] * du_row + cols[None, :], (dy * factor).to(element), mask=mask)
+        tl.store(at_dy, (factor * up).to(element), mask=mask)
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def _backward_tiles(dy: torch.Tensor) -> tuple[int, int, int, int]:
+    """`BACKWARD`, or what takes less shared memory."""
+    is_small = not dy.is_cuda or _shared_memory(dy.get_device()) < SMALL_SHARED
+    return SMALL_BACKWARD if is_small else BACKWARD
+
+
+def _columns(block_r: int, dtype: torch.dtype) -> int:
+    return min(COLUMNS, max(LEAST_COLUMNS, FACTOR // (block_r * dtype.itemsize)))
 
 
 def _term(term: "LowRank | None", other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int, int, int]:
@@ -113,14 +150,16 @@ def lora_glu_fwd(
 ) -> None:
     """Write `out`; same contract as `reference_blocks.lora_glu_fwd`."""
     n_rows, n = gate.shape
-    block_m, block_n, warps = FORWARD
+    block_m, warps, tiles, stages = FORWARD
     gx, gb, *g_strides, g_rank = _term(gate_term, gate)
     ux, ub, *u_strides, u_rank = _term(up_term, gate)
+    block_r = _block_r(g_rank, u_rank)
+    block_n = _columns(block_r, gate.dtype)
     with on_device_of(gate):
-        lora_glu_fwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n),)](
+        lora_glu_fwd_kernel[(cdiv(n_rows, tiles * block_m) * cdiv(n, block_n),)](
             gate, up, out, gx, gb, ux, ub, n_rows, n, gate.stride(0), up.stride(0), out.stride(0),
             *g_strides, *u_strides, ACTIVATION=activation, GATE_R=g_rank, UP_R=u_rank,
-            BLOCK_R=_block_r(g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+            BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles, STAGES=stages, num_warps=warps,
         )  # fmt: skip
 
 
@@ -137,14 +176,16 @@ def lora_glu_bwd(
 ) -> None:
     """Write `dgate` and `dup`, and the output into `dy`; same contract as `reference_blocks.lora_glu_bwd`."""
     n_rows, n = gate.shape
-    block_m, block_n, warps = BACKWARD
     dx, db, *d_strides, d_rank = _term(dy_term, gate)
     gx, gb, *g_strides, g_rank = _term(gate_term, gate)
     ux, ub, *u_strides, u_rank = _term(up_term, gate)
+    block_r = _block_r(d_rank, g_rank, u_rank)
+    block_m, warps, tiles, stages = _backward_tiles(dy)
+    block_n = _columns(block_r, gate.dtype)
     with on_device_of(gate):
-        lora_glu_bwd_kernel[(cdiv(n_rows, block_m) * cdiv(n, block_n),)](
+        lora_glu_bwd_kernel[(cdiv(n_rows, tiles * block_m) * cdiv(n, block_n),)](
             dy, gate, up, dgate, dup, dx, db, gx, gb, ux, ub, n_rows, n,
             dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
             *d_strides, *g_strides, *u_strides, ACTIVATION=activation, DOWN_R=d_rank, GATE_R=g_rank, UP_R=u_rank,
-            BLOCK_R=_block_r(d_rank, g_rank, u_rank), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+            BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles, STAGES=stages, num_warps=warps,
         )  # fmt: skip

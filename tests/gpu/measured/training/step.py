@@ -143,10 +143,12 @@ def main() -> None:
         "tokens_per_second": round(tokens / statistics.median(timed)) if tokens else round(sum(sizes) / sum(seconds)),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2), "losses": losses,
+        # The allocator waits for the device and gives memory back where it finds no room otherwise.
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }  # fmt: skip
     with given.results.open("a") as lines:
         lines.write(json.dumps(record) + "\n")
-    shown = ("contender", "model", "checkpointing", "cap", "step_ms", "from_ms", "to_ms", "peak_gib", "reserved_gib")
+    shown = ("contender", "model", "checkpointing", "cap", "step_ms", "from_ms", "to_ms", "peak_gib", "reserved_gib", "retries")
     print(*(f"{name}={record[name]}" for name in shown), "losses", *losses[:3], "...", losses[-1], flush=True)
 
 
