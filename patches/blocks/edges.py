@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..kernels.ops.block_norm import Norm, norm_rows, norm_rows_backward
+from ..kernels.ops.lora_residual import lora_residual
 from .group import Group
 
 Tensor = torch.Tensor
@@ -35,7 +36,14 @@ def leave(
     group: Group, x: Tensor, xa: Tensor | None, norm: Norm | None, residual: Tensor
 ) -> tuple[dict[str, Any], Tensor]:
     """(what `leave_backward` needs, residual [T, h] plus the group's one output, after `norm` where there is one)."""
-    joined = residual if residual.dtype is group.dtype and norm is None else None
+    if norm is None and xa is not None and group.is_narrow:
+        (out,) = group.forward(x, xa, with_adapters=False)
+        (term,) = group.terms(xa)
+        assert term is not None, "what gave xa has an adapter"
+        total = out if residual.dtype is out.dtype else torch.empty_like(residual)
+        lora_residual(out, term, residual, total)
+        return {}, total
+    joined = residual if residual.dtype is group.dtype and norm is None and xa is None else None
     (out,) = group.forward(x, xa, joined)
     if norm is not None:
         total = torch.empty_like(residual)

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from .activation import act, act_grad
 from .dispatch import on_device_of
-from .rows import cdiv, next_power_of_2
+from .low_rank_tiles import columns_of, factor_tile, plus_low_rank, rank_tile
+from .rows import cdiv
 
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
@@ -24,33 +25,6 @@ BACKWARD = (32, 4, 4, 3)
 # Where a multiprocessor has less shared memory than this.
 SMALL_SHARED = 2**17
 SMALL_BACKWARD = (16, 4, 4, 1)
-# Bytes of B that a program holds for each term; and columns of a tile, at least and at most. A tile has at least as
-# many numbers as there are threads, so none of it is read by one after another has written there.
-FACTOR = 2**12
-LEAST_COLUMNS, COLUMNS = 32, 128
-
-
-@triton.jit
-def _factor(b_ptr, cols, in_cols, b_n, b_r, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """b^T [BLOCK_R, BLOCK_N] for the tile's columns; zeros without a term."""
-    if R > 0:
-        rank = tl.arange(0, BLOCK_R)
-        mask = (rank < R)[:, None] & in_cols[None, :]
-        b = tl.load(b_ptr + rank[:, None] * b_r + cols[None, :] * b_n, mask=mask, other=0.0)
-    else:
-        b = tl.zeros((BLOCK_R, cols.shape[0]), b_ptr.dtype.element_ty)
-    return b
-
-
-@triton.jit
-def _plus_low_rank(y, x_ptr, b, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """y + x b^T for a tile, rounded to the dtype that x has; y [BLOCK_M, BLOCK_N] in fp32."""
-    if R > 0:
-        rank = tl.arange(0, BLOCK_R)
-        x_mask = in_rows[:, None] & (rank < R)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row + rank[None, :], mask=x_mask, other=0.0)
-        y = tl.dot(x, b, acc=y, input_precision="ieee").to(x.dtype).to(tl.float32)
-    return y
 
 
 @triton.jit
@@ -65,8 +39,8 @@ def lora_glu_fwd_kernel(
     pid = tl.program_id(0)
     cols = (pid % columns).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < n
-    gate_b = _factor(gb_ptr, cols, in_cols, gb_n, gb_r, GATE_R, BLOCK_R)
-    up_b = _factor(ub_ptr, cols, in_cols, ub_n, ub_r, UP_R, BLOCK_R)
+    gate_b = factor_tile(gb_ptr, cols, in_cols, gb_n, gb_r, GATE_R, BLOCK_R)
+    up_b = factor_tile(ub_ptr, cols, in_cols, ub_n, ub_r, UP_R, BLOCK_R)
     element = gate_ptr.dtype.element_ty
     for i in tl.range(0, TILES, num_stages=STAGES):
         rows = ((pid // columns) * TILES + i).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -74,8 +48,8 @@ def lora_glu_fwd_kernel(
         mask = in_rows[:, None] & in_cols[None, :]
         gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = _plus_low_rank(gate, gx_ptr, gate_b, rows, in_rows, gx_row, GATE_R, BLOCK_R)
-        up = _plus_low_rank(up, ux_ptr, up_b, rows, in_rows, ux_row, UP_R, BLOCK_R)
+        gate = plus_low_rank(gate, gx_ptr, gate_b, rows, in_rows, gx_row, GATE_R, BLOCK_R)
+        up = plus_low_rank(up, ux_ptr, up_b, rows, in_rows, ux_row, UP_R, BLOCK_R)
         factor = act(gate, ACTIVATION).to(element).to(tl.float32)
         tl.store(y_ptr + rows[:, None] * y_row + cols[None, :], (factor * up).to(element), mask=mask)
 
@@ -92,9 +66,9 @@ def lora_glu_bwd_kernel(
     pid = tl.program_id(0)
     cols = (pid % columns).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < n
-    gate_b = _factor(gb_ptr, cols, in_cols, gb_n, gb_r, GATE_R, BLOCK_R)
-    up_b = _factor(ub_ptr, cols, in_cols, ub_n, ub_r, UP_R, BLOCK_R)
-    down_b = _factor(db_ptr, cols, in_cols, db_n, db_r, DOWN_R, BLOCK_R)
+    gate_b = factor_tile(gb_ptr, cols, in_cols, gb_n, gb_r, GATE_R, BLOCK_R)
+    up_b = factor_tile(ub_ptr, cols, in_cols, ub_n, ub_r, UP_R, BLOCK_R)
+    down_b = factor_tile(db_ptr, cols, in_cols, db_n, db_r, DOWN_R, BLOCK_R)
     element = gate_ptr.dtype.element_ty
     for i in tl.range(0, TILES, num_stages=STAGES):
         rows = ((pid // columns) * TILES + i).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,9 +78,9 @@ def lora_glu_bwd_kernel(
         gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
-        gate = _plus_low_rank(gate, gx_ptr, gate_b, rows, in_rows, gx_row, GATE_R, BLOCK_R)
-        up = _plus_low_rank(up, ux_ptr, up_b, rows, in_rows, ux_row, UP_R, BLOCK_R)
-        dy = _plus_low_rank(dy, dx_ptr, down_b, rows, in_rows, dx_row, DOWN_R, BLOCK_R)
+        gate = plus_low_rank(gate, gx_ptr, gate_b, rows, in_rows, gx_row, GATE_R, BLOCK_R)
+        up = plus_low_rank(up, ux_ptr, up_b, rows, in_rows, ux_row, UP_R, BLOCK_R)
+        dy = plus_low_rank(dy, dx_ptr, down_b, rows, in_rows, dx_row, DOWN_R, BLOCK_R)
         factor = act(gate, ACTIVATION).to(element).to(tl.float32)
         dgate = (dy * up).to(element).to(tl.float32) * act_grad(gate, ACTIVATION)
         tl.store(dgate_ptr + rows[:, None] * dg_row + cols[None, :], dgate.to(element), mask=mask)
@@ -125,19 +99,11 @@ def _backward_tiles(dy: torch.Tensor) -> tuple[int, int, int, int]:
     return SMALL_BACKWARD if is_small else BACKWARD
 
 
-def _columns(block_r: int, dtype: torch.dtype) -> int:
-    return min(COLUMNS, max(LEAST_COLUMNS, FACTOR // (block_r * dtype.itemsize)))
-
-
 def _term(term: "LowRank | None", other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int, int, int]:
     """(x, b, strides of x's rows and of b's both dimensions, rank)."""
     if term is None:
         return other, other, 0, 0, 0, 0
     return term.x, term.b, term.x.stride(0), term.b.stride(0), term.b.stride(1), term.x.shape[1]
-
-
-def _block_r(*ranks: int) -> int:
-    return max(16, next_power_of_2(max(ranks)))
 
 
 def lora_glu_fwd(
@@ -153,8 +119,8 @@ def lora_glu_fwd(
     block_m, warps, tiles, stages = FORWARD
     gx, gb, *g_strides, g_rank = _term(gate_term, gate)
     ux, ub, *u_strides, u_rank = _term(up_term, gate)
-    block_r = _block_r(g_rank, u_rank)
-    block_n = _columns(block_r, gate.dtype)
+    block_r = rank_tile(g_rank, u_rank)
+    block_n = columns_of(block_r, gate.dtype)
     with on_device_of(gate):
         lora_glu_fwd_kernel[(cdiv(n_rows, tiles * block_m) * cdiv(n, block_n),)](
             gate, up, out, gx, gb, ux, ub, n_rows, n, gate.stride(0), up.stride(0), out.stride(0),
@@ -179,9 +145,9 @@ def lora_glu_bwd(
     dx, db, *d_strides, d_rank = _term(dy_term, gate)
     gx, gb, *g_strides, g_rank = _term(gate_term, gate)
     ux, ub, *u_strides, u_rank = _term(up_term, gate)
-    block_r = _block_r(d_rank, g_rank, u_rank)
+    block_r = rank_tile(d_rank, g_rank, u_rank)
     block_m, warps, tiles, stages = _backward_tiles(dy)
-    block_n = _columns(block_r, gate.dtype)
+    block_n = columns_of(block_r, gate.dtype)
     with on_device_of(gate):
         lora_glu_bwd_kernel[(cdiv(n_rows, tiles * block_m) * cdiv(n, block_n),)](
             dy, gate, up, dgate, dup, dx, db, gx, gb, ux, ub, n_rows, n,

@@ -115,3 +115,8 @@ def lora_glu_bwd(
     y = glu_fwd(gate, up, activation)
     glu_bwd(_plus(dy, dy_term), gate, up, dgate, dup, activation)
     dy.copy_(y)
+
+
+def lora_residual(y: Tensor, term: "LowRank", residual: Tensor, out: Tensor) -> None:
+    """out = residual + (y + x b^T), both sums in fp32, the inner one rounded to y's dtype."""
+    out.copy_(residual.float() + _plus(y, term).float())

@@ -150,6 +150,17 @@ def _lora_glu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     return results[0], results[1]
 
 
+def _lora_residual(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    y, residual = draw(11, 70).detach(), draw(11, 70).detach()
+    term = LowRank(draw(11, 4).detach(), draw(70, 4).detach())
+    results = []
+    for module in (implementation_beside("reference_blocks", "lora_residual", y), reference_blocks):
+        out = torch.empty_like(residual)
+        module.lora_residual(y, term, residual, out)
+        results.append([out])
+    return results[0], results[1]
+
+
 def _four_bit(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     like = draw(1)
     packed = torch.randint(256, (12 * 32,), dtype=torch.uint8).to(like.device)
@@ -164,6 +175,7 @@ def _four_bit(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
 KERNELS: dict[str, Check] = {
     "block_norm": _block_norm,
     "lora_glu": _lora_glu,
+    "lora_residual": _lora_residual,
     "four_bit": _four_bit,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,

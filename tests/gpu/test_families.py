@@ -243,7 +243,9 @@ def test_patched_against_stock_and_both_against_fp32(name, quantised, tmp_path, 
     gc.collect()
     torch.cuda.empty_cache()
     theirs = distance(stock, truth)
-    print(f"{name} {'nf4' if quantised else 'bf16'}: losses {stock_losses[0]:.3f} to {stock_losses[-1]:.3f}, {theirs:.2e}")
+    print(
+        f"{name} {'nf4' if quantised else 'bf16'}: losses {stock_losses[0]:.3f} to {stock_losses[-1]:.3f}, {theirs:.2e}"
+    )
     assert stock_losses[-1] < stock_losses[0]
     for way, (grads, found) in patched.items():
         worst = max(abs(a - b) / abs(b) for a, b in zip(found, stock_losses, strict=True))

@@ -41,6 +41,7 @@ def test_kernels_pass_interpreted():
             "seeded_dropout",
             "four_bit",
             "lora_glu",
+            "lora_residual",
         )
     ]
     child = subprocess.run(

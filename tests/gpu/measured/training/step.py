@@ -148,7 +148,18 @@ def main() -> None:
     }  # fmt: skip
     with given.results.open("a") as lines:
         lines.write(json.dumps(record) + "\n")
-    shown = ("contender", "model", "checkpointing", "cap", "step_ms", "from_ms", "to_ms", "peak_gib", "reserved_gib", "retries")
+    shown = (
+        "contender",
+        "model",
+        "checkpointing",
+        "cap",
+        "step_ms",
+        "from_ms",
+        "to_ms",
+        "peak_gib",
+        "reserved_gib",
+        "retries",
+    )
     print(*(f"{name}={record[name]}" for name in shown), "losses", *losses[:3], "...", losses[-1], flush=True)
 
 

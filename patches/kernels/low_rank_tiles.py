@@ -1,0 +1,47 @@
+"""Low-rank terms x b^T of the tiles that a Triton program works on: b is read once, x with each tile."""
+# Kernels are written in Triton's language, not in typed Python.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+
+from .rows import next_power_of_2
+
+# Bytes of B that a program holds for each term; and columns of a tile, at least and at most. A tile has at least as
+# many numbers as there are threads, so none of it is read by one after another has written there.
+FACTOR = 2**12
+LEAST_COLUMNS, COLUMNS = 32, 128
+
+
+@triton.jit
+def factor_tile(b_ptr, cols, in_cols, b_n, b_r, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """b^T [BLOCK_R, BLOCK_N] for the tile's columns; zeros without a term."""
+    if R > 0:
+        rank = tl.arange(0, BLOCK_R)
+        mask = (rank < R)[:, None] & in_cols[None, :]
+        b = tl.load(b_ptr + rank[:, None] * b_r + cols[None, :] * b_n, mask=mask, other=0.0)
+    else:
+        b = tl.zeros((BLOCK_R, cols.shape[0]), b_ptr.dtype.element_ty)
+    return b
+
+
+@triton.jit
+def plus_low_rank(y, x_ptr, b, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """y + x b^T for a tile, rounded to the dtype that x has; y [BLOCK_M, BLOCK_N] in fp32."""
+    if R > 0:
+        rank = tl.arange(0, BLOCK_R)
+        x_mask = in_rows[:, None] & (rank < R)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_row + rank[None, :], mask=x_mask, other=0.0)
+        y = tl.dot(x, b, acc=y, input_precision="ieee").to(x.dtype).to(tl.float32)
+    return y
+
+
+def columns_of(block_r: int, dtype: torch.dtype) -> int:
+    """Columns of a tile whose term has so many ranks."""
+    return min(COLUMNS, max(LEAST_COLUMNS, FACTOR // (block_r * dtype.itemsize)))
+
+
+def rank_tile(*ranks: int) -> int:
+    """Ranks that a program holds of each term."""
+    return max(16, next_power_of_2(max(ranks)))
