@@ -271,8 +271,9 @@ class Stack:
                 self._taken_in = self._learned
         for way, kind, meter in self._new_ways:
             self._ways.add(way)
-            rates = self._rates[kind]
-            if meter.graph > rates.graph_for(self._new_shape):
+            rates = self._rates.get(kind)
+            # Nothing is known yet of a layer that was another before: patches came or went.
+            if rates is not None and meter.graph > rates.graph_for(self._new_shape):
                 self._rates[kind] = replace(rates, graph=int(meter.graph / self._new_shape.beyond(rates.of)))
                 self._plans.clear()
         self._new_ways = []

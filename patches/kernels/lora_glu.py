@@ -17,9 +17,9 @@ from .rows import cdiv
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
 
-# Measured on an H200: rows of a tile, warps, tiles below each other in a program, and how many of these are on their way
-# at once. B is read once for all of them; and what is on its way lies in shared memory, from where it is read as the
-# products' results lie in the registers.
+# Measured on an H200: rows of a tile, warps, tiles below each other in a program, and how many of these are on their
+# way at once. B is read once for all of them; and what is on its way lies in shared memory, from where it is read as
+# the products' results lie in the registers.
 FORWARD = (16, 4, 4, 3)
 BACKWARD = (32, 4, 4, 3)
 # Where a multiprocessor has less shared memory than this.

@@ -15,7 +15,8 @@ from .rows import cdiv
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
 
-# Measured on an H200: rows of a tile, warps, tiles below each other in a program, and how many are on their way at once.
+# Rows of a tile, warps, tiles below each other in a program, and how many of these are on their way at once: those that
+# were measured for `lora_glu`, which reads and writes as this does.
 TILES = (16, 4, 4, 3)
 
 

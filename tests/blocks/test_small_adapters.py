@@ -1,4 +1,4 @@
-"""In bf16 small adapters move the hidden states as far as they do in stock: no rounding swallows what stock lets through.
+"""In bf16 small adapters move the hidden states as far as in stock: no rounding swallows what stock lets through.
 
 Early in training what an adapter adds is less than a unit of the numbers that it is added to. What comes of it then
 depends on what is rounded before, and losses fall at another pace while every gradient is as exact as stock's.

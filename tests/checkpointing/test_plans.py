@@ -250,6 +250,24 @@ def test_revert_takes_it_away(device, runs):
     assert stack.current is before
 
 
+def test_layers_that_become_blocks_are_measured_anew(device, runs):
+    model = deep(layers=4)
+    patch(model, "*:checkpointing")
+    for _ in range(3):
+        expected = step(model)
+    (stack,) = backbone._stacks.values()
+    assert stack.current is not None
+    assert not runs
+    revert(model)
+    patch(model, "*:blocks,*:checkpointing")
+    for _ in range(4):
+        loss, found = step(model)
+    assert stack.current is not None
+    assert policies(stack) == [Policy.KEEP] * 4
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    assert distance(found, expected[1]) < 1e-5
+
+
 FOREIGN = {"full fine-tuning": "*:blocks,*:checkpointing", "without blocks": "*:checkpointing"}
 
 

@@ -10,7 +10,7 @@ def lora_residual(y: torch.Tensor, term: LowRank, residual: torch.Tensor, out: t
     """Write residual + (y + x b^T) into `out`; y, residual and out [T, N] of unit stride in a row.
 
     The inner sum is rounded to y's dtype before the residual is added, as upstream's separate steps do. A small term
-    added to the sum of the other two would be lost: rounded already, that moves only for what is over half a unit of it.
+    added to the sum of the other two would be lost: that is rounded already, and moves by whole units only.
     `out` has the residual's dtype and may be y or the residual.
     """
     implementation_beside("reference_blocks", "lora_residual", y).lora_residual(y, term, residual, out)
