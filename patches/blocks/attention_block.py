@@ -8,7 +8,7 @@ import torch
 from ..kernels.once import differentiable_once
 from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
-from ..kernels.ownership import graph_is_kept
+from ..kernels.ownership import exclusively_owned, graph_is_kept
 from .attention import State, attend, attend_backward
 from .edges import enter, leave, leave_backward
 from .policy import Policy
@@ -103,10 +103,20 @@ def _values(state: State, n_rows: int) -> Tensor:
 
 
 def backward(
-    run: Run, x: Tensor, made: dict[str, Any], grad: Tensor, needs: list[bool], *, need_dx: bool
+    run: Run,
+    x: Tensor,
+    made: dict[str, Any],
+    total: Tensor,
+    needs: list[bool],
+    *,
+    need_dx: bool,
+    into: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(gradient of x, gradients of the adapters of qkv and o) for the gradient [T, h] of the block's output."""
-    parts, flat = run.parts, rows(x)
+    """(gradient of x, gradients of the adapters of qkv and o) for the gradient `total` of the block's output.
+
+    x and its gradient, which may be written `into` the memory of `total`, are [B, S, h].
+    """
+    parts, flat, grad = run.parts, rows(x), rows(total)
     n_needs = len(parts.qkv.parameters())
     dout = leave_backward(parts.o, parts.attention_output_norm, made, grad)
     state: State = made["state"]
@@ -119,10 +129,11 @@ def backward(
     dyb = parts.qkv.low_rank_grad(dqkv)
     if need_dx:
         dn = parts.qkv.input_grad(dqkv, dyb, run.seeds["qkv"])
-        dx = torch.empty_like(flat)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
         norm_rows_backward(
-            dn, flat, parts.attention_norm, made["stats"], dx=dx, residual_grad=grad, restore=any(needs[:n_needs])
-        )
+            dn, flat, parts.attention_norm, made["stats"], dx=rows(dx), residual_grad=grad,
+            restore=any(needs[:n_needs]),
+        )  # fmt: skip
     else:
         dx, dn = None, torch.empty(flat.shape, dtype=run.dtype, device=flat.device)
         norm_rows_backward(dn, flat, parts.attention_norm, made["stats"], dx=None, restore=True)
@@ -202,17 +213,19 @@ class AttentionBlock(torch.autograd.Function):
             with run.measured("again"):
                 made, _ = forward(run, x, differentiable=True)
         run.recomputed = None
-        if run.parked is not None:
-            # Not while the MLP's backward holds more than any other part.
-            run.parked.fetch_next()
+        parked = run.parked
         if not repeatable:
             run.release()
             ctx.others = {}
+        # Where the gradient lies that comes in, there is room for the one that goes out.
+        fits = grad.dtype is x.dtype and grad.is_contiguous()
+        into = grad if fits and exclusively_owned(grad, "incoming") else None
         dx, grads = backward(
-            run, x, made, rows(grad), list(ctx.needs_input_grad[2:]),
-            need_dx=ctx.needs_input_grad[1],
-        )  # fmt: skip
-        return None, None if dx is None else dx.view(x.shape), *grads
+            run, x, made, grad, list(ctx.needs_input_grad[2:]), need_dx=ctx.needs_input_grad[1], into=into
+        )
+        if parked is not None:
+            parked.leave()
+        return None, dx, *grads
 
 
 def _park(run: Run, host: Host, x: Tensor) -> None:

@@ -121,11 +121,12 @@ class LayerGraph:
         n = len(run.parts.qkv.parameters()) + len(run.parts.o.parameters())
         parallel = run.parts.is_parallel
         dmid, of_mlp = mlp_block.backward(
-            run, self.source, self.mlp, grad, list(self.needs[n:]), need_dx=need_dx or not parallel, overwrite=overwrite
-        )
+            run, self.source, self.mlp, grad, list(self.needs[n:]), need_dx=need_dx or not parallel,
+            overwrite=overwrite, into=None,
+        )  # fmt: skip
         through = grad if parallel or dmid is None else dmid
         dx, of_attention = attention_block.backward(
-            run, x, self.attention, through, list(self.needs[:n]), need_dx=need_dx
+            run, x, self.attention, through, list(self.needs[:n]), need_dx=need_dx, into=None
         )
         if parallel and dx is not None and dmid is not None:
             dx = dx + dmid

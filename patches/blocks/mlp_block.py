@@ -8,7 +8,7 @@ from ..kernels.once import differentiable_once
 from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
 from ..kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
-from ..kernels.ownership import graph_is_kept
+from ..kernels.ownership import exclusively_owned, graph_is_kept
 from . import attention_block
 from .edges import enter, leave, leave_backward
 from .policy import Policy
@@ -89,10 +89,21 @@ def forward(run: Run, mid: Tensor, residual: Tensor) -> tuple[dict[str, Any], Te
 
 
 def backward(
-    run: Run, mid: Tensor, made: dict[str, Any], grad: Tensor, needs: list[bool], *, need_dx: bool, overwrite: bool
+    run: Run,
+    mid: Tensor,
+    made: dict[str, Any],
+    total: Tensor,
+    needs: list[bool],
+    *,
+    need_dx: bool,
+    overwrite: bool,
+    into: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(gradient of the norm's input, with the residual's unless parallel; gradients of the adapters of up and down)."""
-    parts = run.parts
+    """(gradient of the norm's input, with the residual's unless parallel; gradients of the adapters of up and down).
+
+    The first is [B, S, h] as the gradient `total` of the block's output, and may be written `into` its memory.
+    """
+    parts, grad = run.parts, rows(total)
     n_needs = len(parts.up.parameters())
     dout = leave_backward(parts.down, parts.mlp_output_norm, made, grad)
     dyb = parts.down.low_rank_grad([dout])
@@ -105,10 +116,12 @@ def backward(
     del dhidden, dout
     dyb = parts.up.low_rank_grad(dups)
     dn = parts.up.input_grad(dups, dyb, run.seeds["up"])
-    dx = torch.empty_like(mid) if need_dx else None
+    dx = None
+    if need_dx:
+        dx = torch.empty(total.shape, dtype=mid.dtype, device=mid.device) if into is None else into
     norm_rows_backward(
         dn, mid, parts.mlp_norm, made["stats"],
-        dx=dx, residual_grad=None if parts.is_parallel else grad, restore=any(needs[:n_needs]),
+        dx=None if dx is None else rows(dx), residual_grad=None if parts.is_parallel else grad, restore=any(needs[:n_needs]),
     )  # fmt: skip
     grads_up = parts.up.adapter_grads(dups, dyb, dn, made["xa"], run.seeds["up"], needs[:n_needs])
     return dx, grads_up + grads_down
@@ -145,7 +158,9 @@ class MLPBlock(torch.autograd.Function):
         repeatable = graph_is_kept()
         inputs, made = unstash(ctx, len(ctx.needs_input_grad) - 2 - (run.parked is not None))
         source = inputs[0] if run.parked is None else attention_block.fetch(run, keep=repeatable)
-        flat, shape = rows(grad), source.shape
+        # Where the gradient lies that comes in, there is room for the one that goes out.
+        fits = not parts.is_parallel and grad.dtype is source.dtype and grad.is_contiguous()
+        into = grad if fits and exclusively_owned(grad, "incoming") else None
         overwrite = run.may_overwrite and not repeatable
         if run.policy is Policy.KEEP:
             made["outputs"] = [made[name] for name in ("output0", "output1") if name in made]
@@ -158,8 +173,7 @@ class MLPBlock(torch.autograd.Function):
                 made |= _up(run, mid, made)
         need_x, need_mid = ctx.needs_input_grad[1:3]
         dx, grads = backward(
-            run, mid, made, flat, list(ctx.needs_input_grad[3:]), need_dx=need_x if parts.is_parallel else need_mid,
-            overwrite=overwrite,
+            run, mid, made, grad, list(ctx.needs_input_grad[3:]), need_dx=need_x if parts.is_parallel else need_mid,
+            overwrite=overwrite, into=into,
         )  # fmt: skip
-        dx = None if dx is None else dx.view(shape)
         return None, *((dx, grad) if parts.is_parallel else (None, dx)), *grads

@@ -65,8 +65,8 @@ class Parked(Protocol):
     def take(self, *, keep: bool) -> list[Tensor]:
         """Them again, on the device; with `keep` not for the last time."""
 
-    def fetch_next(self) -> None:
-        """Begin to bring what will be taken after these."""
+    def leave(self) -> None:
+        """They are used no more; their memory is somebody else's from here on."""
 
 
 class Host(Protocol):

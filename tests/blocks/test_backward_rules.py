@@ -13,6 +13,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from sloth_plugins import revert
+from sloth_plugins.patches.blocks import attention_block, mlp_block
 from sloth_plugins.patches.blocks.policy import Policy, choosing
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("runs")]
@@ -225,3 +226,33 @@ def test_a_loss_that_is_kept_holds_no_activations(mask, runs):
         left = held_by(memory)
     # An output of one block alone has 2 * 13 * 48 * 4 bytes.
     assert left < 2 * 13 * 48 * 4, f"{left} bytes are held by two losses"
+
+
+def test_gradients_go_down_in_one_place(policy, monkeypatch):
+    """From one block to the next nothing is allocated, unless somebody else sees the gradient."""
+    model = fused()
+    places = []
+    for module in (attention_block, mlp_block):
+        whole = module.norm_rows_backward
+
+        def recorded(*args, whole=whole, dx=None, residual_grad=None, **kwargs):
+            places.append((residual_grad.data_ptr(), dx.data_ptr()))
+            whole(*args, dx=dx, residual_grad=residual_grad, **kwargs)
+
+        monkeypatch.setattr(module, "norm_rows_backward", recorded)
+    model.enable_input_require_grads()
+    loss_of(model).backward()
+    plain = taken(model)
+    assert len(places) == 4
+    assert len({place for pair in places for place in pair}) == 1
+    seen = []
+
+    def watch(module, args):
+        args[0].register_hook(lambda grad: seen.append((grad, grad.clone())))
+
+    handle = model.base_model.model.model.norm.register_forward_pre_hook(watch)
+    loss_of(model).backward()
+    handle.remove()
+    ((grad, copy),) = seen
+    assert torch.equal(grad, copy)
+    assert_same(taken(model), plain)
