@@ -121,7 +121,8 @@ def backward(
         dx = torch.empty(total.shape, dtype=mid.dtype, device=mid.device) if into is None else into
     norm_rows_backward(
         dn, mid, parts.mlp_norm, made["stats"],
-        dx=None if dx is None else rows(dx), residual_grad=None if parts.is_parallel else grad, restore=any(needs[:n_needs]),
+        dx=None if dx is None else rows(dx), residual_grad=None if parts.is_parallel else grad,
+        restore=any(needs[:n_needs]),
     )  # fmt: skip
     grads_up = parts.up.adapter_grads(dups, dyb, dn, made["xa"], run.seeds["up"], needs[:n_needs])
     return dx, grads_up + grads_down

@@ -97,7 +97,8 @@ def block_norm_bwd_kernel(
         dx *= rstd
         if HAS_RES:
             dx += tl.load(res_ptr + at * res_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            # dx may lie there. Short rows may be held by more threads than they have numbers: all read before one writes.
+            # dx may lie there, and short rows be held by more threads than they have numbers: all read before one
+            # writes.
             tl.debug_barrier()
         tl.store(dx_ptr + at * dx_row + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if RESTORE:

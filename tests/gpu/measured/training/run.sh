@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The rows of README's "Measured": each contender in a process of its own, one after the other, on one card.
 #
-#   run.sh MODELS RESULTS.jsonl GROUP ...      groups: 8b 1b families memory
+#   run.sh MODELS RESULTS.jsonl GROUP ...      groups: 8b 1b families memory longest
 #
 # Rivals have to be importable. PY, LIMIT (seconds for one contender) and FLAG (what SLOTH_PLUGINS is for ours) in the
 # environment. A contender that fails is named, and the others go on.
@@ -65,14 +65,30 @@ for group in "$@"; do
     memory)
       make llama-8b
       step sloth llama-8b-nf4 --cap 6.8
-      step unsloth llama-8b-nf4 --checkpointing unsloth --cap 6.8
+      for way in unsloth unsloth+auto; do step unsloth llama-8b-nf4 --checkpointing $way --cap 6.8; done
+      for way in on offload selective; do step trl llama-8b-nf4 --checkpointing $way; done
+      FLAG=1,-*:checkpointing,-trainer:memory_plans step sloth llama-8b-nf4 --checkpointing off
+      step sloth llama-8b-nf4
       for cap in "" "--cap 9.8"; do
         # shellcheck disable=SC2086  # an option and its value
         step sloth llama-8b-nf4 --rows 1 --length 16384 --steps 8 $cap
       done
       step unsloth llama-8b-nf4 --checkpointing unsloth --rows 1 --length 16384 --steps 8
+      "$py" -m training.shares "$models/llama-8b-nf4" --results "$results"
       step sloth llama-8b-nf4 --rows 1 --lengths 64 8192 --steps 40 --cap 24
       step unsloth llama-8b-nf4 --checkpointing unsloth --rows 1 --lengths 64 8192 --steps 40 --cap 24
+      ;;
+    longest)
+      make llama-8b
+      for cap in 16 24; do
+        for contender in sloth unsloth; do
+          flag=""
+          [ $contender = sloth ] && flag=${FLAG:-1}
+          SLOTH_PLUGINS=$flag timeout "${LIMIT:-150}" "$py" -m training.longest $contender "$models/llama-8b-nf4" \
+            --cap $cap --results "$results" 2>&1 | grep -E "tokens|Error" || failed=1
+          echo "  after $((SECONDS - began)) s"
+        done
+      done
       ;;
     *) echo "no group $group; see the first lines of $0" >&2; exit 2 ;;
   esac

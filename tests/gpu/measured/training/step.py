@@ -18,6 +18,7 @@ from typing import Any
 
 GIB = 2**30
 WARM_UP = 4
+MEMORY = ("peak_gib", "planned_gib", "reserved_gib", "retries")
 LORA = {
     "r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none",
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -32,7 +33,10 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--length", type=int, default=2048)
     options.add_argument("--lengths", type=int, nargs=2, help="from, to: rows of drawn lengths, one at a time")
     options.add_argument("--steps", type=int, default=12)
-    options.add_argument("--checkpointing", default="on", help="on, off, or what the contender knows beside")
+    options.add_argument(
+        "--checkpointing", default="on",
+        help="on, off, or what the contender knows beside: unsloth, unsloth+auto (skips layers), selective, offload",
+    )  # fmt: skip
     options.add_argument("--cap", type=float, help="GiB that torch may take")
     options.add_argument("--results", type=Path, required=True)
     return options.parse_args()
@@ -55,8 +59,11 @@ def model_of(given: argparse.Namespace) -> Any:
             str(given.model), max_seq_length=longest, dtype=torch.bfloat16,
             load_in_4bit=given.model.name.endswith("nf4"),
         )  # fmt: skip
-        way = {"on": True, "off": False}.get(given.checkpointing, given.checkpointing)
-        return FastLanguageModel.get_peft_model(model, **LORA, random_state=0, use_gradient_checkpointing=way)
+        way, _, skipped = given.checkpointing.partition("+")
+        more = {"checkpoint_skip_layers": skipped} if skipped else {}
+        return FastLanguageModel.get_peft_model(
+            model, **LORA, random_state=0, use_gradient_checkpointing={"on": True, "off": False}.get(way, way), **more
+        )
     from peft import LoraConfig, get_peft_model
 
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16, device_map={"": 0})
@@ -89,6 +96,7 @@ def main() -> None:
 
     seconds: list[float] = []
     losses: list[float] = []
+    planned: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -102,6 +110,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
 
         def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            planned.append((logs or {}).get("planned_memory_gib", 0.0))
             if logs and "loss" in logs:
                 losses.append(round(float(logs["loss"]), 5))
 
@@ -124,6 +133,8 @@ def main() -> None:
         del options["remove_unused_columns"]
         if given.checkpointing == "offload":
             options["activation_offloading"] = True
+        if given.checkpointing == "selective":
+            options["gradient_checkpointing_kwargs"] |= {"selective": True}
         table = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
         trainer: Any = SFTTrainer(
             model=model, args=SFTConfig(**options, max_length=None), train_dataset=table, callbacks=[Clock()],
@@ -142,24 +153,14 @@ def main() -> None:
         "from_ms": round(1e3 * min(timed), 1), "to_ms": round(1e3 * max(timed), 1),
         "tokens_per_second": round(tokens / statistics.median(timed)) if tokens else round(sum(sizes) / sum(seconds)),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2), "losses": losses,
-        # The allocator waits for the device and gives memory back where it finds no room otherwise.
+        "planned_gib": max(planned, default=0.0), "losses": losses,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+        # How often the allocator has found no room: it then waits for the device and gives memory back.
         "retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }  # fmt: skip
     with given.results.open("a") as lines:
         lines.write(json.dumps(record) + "\n")
-    shown = (
-        "contender",
-        "model",
-        "checkpointing",
-        "cap",
-        "step_ms",
-        "from_ms",
-        "to_ms",
-        "peak_gib",
-        "reserved_gib",
-        "retries",
-    )
+    shown = ("contender", "model", "checkpointing", "cap", "step_ms", "from_ms", "to_ms", *MEMORY)
     print(*(f"{name}={record[name]}" for name in shown), "losses", *losses[:3], "...", losses[-1], flush=True)
 
 

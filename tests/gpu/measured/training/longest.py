@@ -1,0 +1,116 @@
+"""The longest row that one contender trains within a cap: two steps are survived, a row five percent longer is not.
+
+    SLOTH_PLUGINS=1 python -m training.longest sloth MODELS/llama-8b-nf4 --cap 16 --results longest.jsonl
+
+Lengths are tried where the peaks of those before say that the cap is reached, then nearer to it, in one process.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from .step import GIB, model_of
+
+UNIT = 512
+# A length counts as the longest once one this much longer has failed.
+NEAR = 1.05
+
+
+def arguments() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("contender", choices=["sloth", "unsloth"])
+    options.add_argument("model", type=Path)
+    options.add_argument("--cap", type=float, required=True, help="GiB that torch may take")
+    options.add_argument("--first", type=int, nargs=2, default=[8192, 16384])
+    options.add_argument("--tries", type=int, default=7)
+    options.add_argument("--results", type=Path, required=True)
+    given = options.parse_args()
+    given.checkpointing = "unsloth" if given.contender == "unsloth" else "on"
+    given.lengths, given.length = None, 2**18
+    return given
+
+
+def trains(model: Any, length: int) -> tuple[float, float] | None:
+    """(GiB at the peak, seconds of the second step) of rows so long; None if memory does not suffice."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    ids = torch.randint(10, model.config.vocab_size - 10, (length,), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}] * 2
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.began)
+
+    options = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=2, learning_rate=1e-5,
+        optim="adamw_8bit", bf16=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+        remove_unused_columns=False, gradient_checkpointing="sloth_plugins" in sys.modules,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        Trainer(model=model, args=options, train_dataset=rows, callbacks=[Clock()]).train()
+    except torch.OutOfMemoryError:
+        found = None
+    else:
+        found = torch.cuda.max_memory_allocated() / GIB, seconds[-1]
+    # Outside of the handler, whose traceback holds what the step had made.
+    model.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def main() -> None:
+    given = arguments()
+    model = model_of(given)
+    good: dict[int, tuple[float, float]] = {}
+    bad: list[int] = []
+    length, following = given.first
+    for _ in range(given.tries):
+        found = trains(model, length)
+        if found is None:
+            bad.append(length)
+        else:
+            good[length] = found
+        print(given.contender, length, "tokens:", "out of memory" if found is None else found, flush=True)
+        longest = max(good, default=UNIT)
+        if bad and min(bad) <= NEAR * longest:
+            break
+        length = following if len(good) < 2 and not bad else next_length(good, bad, given.cap)
+    longest = max(good)
+    record = {
+        "contender": given.contender, "model": given.model.name, "cap": given.cap, "longest": longest,
+        "failed": min(bad, default=None), "peak_gib": round(good[longest][0], 2), "seconds": round(good[longest][1], 2),
+    }  # fmt: skip
+    with given.results.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    print(record, flush=True)
+
+
+def next_length(good: dict[int, tuple[float, float]], bad: list[int], cap: float) -> int:
+    """Where the line through the last two peaks meets the cap; between what is known once something has failed."""
+    lengths = sorted(good)
+    if bad:
+        between = (max(lengths, default=0) + min(bad)) / 2
+        return int(between) // UNIT * UNIT
+    (low, first), (high, last) = ((n, good[n][0]) for n in lengths[-2:])
+    slope = max((last - first) / (high - low), 1e-7)
+    # A plan that keeps less is less steep; no more than three times as long at once.
+    reached = high + max(0.97 * cap - last, 0.03 * cap) / slope
+    return int(min(max(reached, 1.04 * high), 3 * high)) // UNIT * UNIT
+
+
+if __name__ == "__main__":
+    main()

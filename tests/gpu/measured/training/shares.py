@@ -1,0 +1,107 @@
+"""How much of computing all layers again is left at the budget at which storing whole layers would leave 60 percent.
+
+    python -m training.shares MODELS/llama-8b-nf4 --results shares.jsonl
+
+For each shape one step is measured with every layer checkpointed; plans are then made with those seconds and bytes, and
+the one for the budget is run: its seconds beyond those of keeping everything, as a share of what checkpointing costs,
+and its peak.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from .step import GIB, model_of
+
+WHOLE = 0.6
+SHAPES = ("2x2048", "1x8192", "1x32768")
+STEPS = 4
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("model", type=Path)
+    options.add_argument("--shapes", nargs="+", default=SHAPES)
+    options.add_argument("--results", type=Path, required=True)
+    given = options.parse_args()
+    given.contender, given.checkpointing, given.cap, given.lengths, given.length = "sloth", "on", None, None, 2**16
+    model = model_of(given).train()
+    import sloth_plugins
+
+    sloth_plugins.patch(model, "1")
+    for shape in given.shapes:
+        rows, length = map(int, shape.split("x"))
+        record = {"shape": shape, **measured(model, rows, length)}
+        with given.results.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        print(record, flush=True)
+
+
+def measured(model: Any, rows: int, length: int) -> dict[str, Any]:
+    import torch
+
+    from sloth_plugins.patches.blocks.policy import Policy
+    from sloth_plugins.patches.checkpointing import backbone, weights
+    from sloth_plugins.patches.checkpointing.budget import Budget
+    from sloth_plugins.patches.checkpointing.options import peak
+    from sloth_plugins.patches.checkpointing.plan import Plan
+
+    ids = torch.randint(10, model.config.vocab_size - 10, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids = ids.cuda()
+
+    def step() -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(input_ids=ids, labels=ids).loss.backward()
+        torch.cuda.synchronize()
+        model.zero_grad()
+        return time.perf_counter() - began
+
+    def seconds() -> float:
+        return statistics.median([step() for _ in range(STEPS)][1:])
+
+    step(), step()
+    (stack,) = backbone.stacks_of(model)
+    host, stack.host_budget = stack.host_budget, 0
+    found: dict[str, Any] = {}
+    # Weights that stay would make keeping everything faster still.
+    weights.SHARE = 0.0
+    try:
+        stack.budget = Budget()
+        step()
+        options, after = stack._options(stack.shape), stack._after_for(stack.shape)
+        # Whole layers, the last of them stored, as many as leave that share to be computed again.
+        checkpointed = round(WHOLE * len(options))
+        whole = [ways[0 if i >= checkpointed else -1] for i, ways in enumerate(options)]
+        assert all(option.policy is Policy.INPUT for option in whole[:checkpointed])
+        budget = peak(whole, after)
+        for name, allowed in (("device", 0), ("with_host", host)):
+            stack.host_budget = allowed
+            stack._plans.clear()
+            found[f"share_{name}"] = round(stack._solve(stack.shape, budget).share, 3)
+        stack.host_budget = 0
+        everything = sum(max(option.seconds for option in ways) for ways in options)
+        found["share_whole_layers"] = round(Plan(whole, stack.shape, budget, everything, True).share, 3)
+        kept = seconds()
+        taken = stack.memory.allocated() + sum(p.nbytes for p in stack.trained)
+        stack.budget = Budget("bytes", taken + budget)
+        torch.cuda.reset_peak_memory_stats()
+        planned = seconds()
+        found |= {"share_planned": round(stack.current.share, 3), "budget_gib": round((taken + budget) / GIB, 2)}
+        found |= {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2), "planned_ms": round(1e3 * planned, 1)}
+        stack.budget = Budget("min")
+        again = seconds()
+        found |= {"kept_ms": round(1e3 * kept, 1), "again_ms": round(1e3 * again, 1)}
+        found["share_measured"] = round((planned - kept) / (again - kept), 3)
+    finally:
+        stack.host_budget, stack.budget = host, Budget()
+        stack.at_rest()
+    return found
+
+
+if __name__ == "__main__":
+    main()
