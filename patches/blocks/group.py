@@ -22,6 +22,8 @@ from .made_weight import base_weight, is_made
 from .projection import Adapter, Projection
 
 Tensor = torch.Tensor
+# Numbers; Triton assumes nothing of strides that are no multiples of it.
+ROW = 16
 
 
 class Group:
@@ -84,9 +86,9 @@ class Group:
         """xa [T, r] of an input x [T, k]; None without adapters."""
         if self.a is None:
             return None
+        xa = low_rank_rows(x.shape[0], self.r, x)
         if not self.has_dropout and self.scale is not None:
-            return scaled_product(x, self.a.t(), self.scale)
-        xa = torch.empty((x.shape[0], self.r), dtype=x.dtype, device=x.device)
+            return scaled_product(x, self.a.t(), self.scale, xa)
         for adapter, cols, seed in zip(self.adapters, self.cols, seeds, strict=True):
             if adapter is not None:
                 source = dropped(x, adapter.dropout, seed) if adapter.dropout > 0.0 else x
@@ -132,9 +134,9 @@ class Group:
         """dyb [T, r] of the outputs' gradients; None without adapters."""
         if not self.r:
             return None
+        dyb = low_rank_rows(dys[0].shape[0], self.r, dys[0])
         if len(dys) == 1 and self.b[0] is not None and self.scale is not None:
-            return scaled_product(dys[0], self.b[0], self.scale)
-        dyb = torch.empty((dys[0].shape[0], self.r), dtype=self.dtype, device=dys[0].device)
+            return scaled_product(dys[0], self.b[0], self.scale, dyb)
         for adapter, b, cols, dy in zip(self.adapters, self.b, self.cols, dys, strict=True):
             if adapter is not None and b is not None:
                 scaled_product(dy, b, adapter.scale, dyb[:, cols])
@@ -198,13 +200,19 @@ class Group:
         return grads
 
 
-def scaled_product(x: Tensor, y: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale * x @ y, rounded once."""
-    if scale == 1.0:
-        return torch.mm(x, y) if out is None else torch.mm(x, y, out=out)
-    if out is None:
-        out = torch.empty((x.shape[0], y.shape[1]), dtype=x.dtype, device=x.device)
-    return torch.addmm(out, x, y, beta=0, alpha=scale, out=out)
+def scaled_product(x: Tensor, y: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Write scale * x @ y, rounded once, into `out`."""
+    return torch.mm(x, y, out=out) if scale == 1.0 else torch.addmm(out, x, y, beta=0, alpha=scale, out=out)
+
+
+def low_rank_rows(n_rows: int, r: int, like: Tensor) -> Tensor:
+    """Memory [T, r] of the dtype of `like`, with rows that lie as `row_of` says."""
+    return torch.empty((n_rows, row_of(r)), dtype=like.dtype, device=like.device)[:, :r]
+
+
+def row_of(r: int) -> int:
+    """From one row of a low-rank product to the next: kernels cannot copy ahead what does not begin at such multiples."""
+    return -(-r // ROW) * ROW
 
 
 def _product_over_rows(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

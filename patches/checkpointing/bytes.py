@@ -3,7 +3,7 @@
 For T tokens, hidden size h, a features of all query heads, kv of all key heads, f of gate (as of up), ranks r. The
 layer's input x and the sum after the attention have the residual stream's dtype, all else that of the products:
 
-    always      x [T, h], the low-rank products [T, r] of all groups, the statistics of the MLP's norm,
+    always      x [T, h], the low-rank products [T, r] of all groups (r rounded up), the statistics of the MLP's norm,
                 what a norm after `down` needs [T, h]
     ATTENTION   and the attention's output [T, a] with its row statistics
     KEEP        and q [T, a], k and v [T, kv], the sum after the attention [T, h], gate and up [T, f]
@@ -11,7 +11,7 @@ layer's input x and the sum after the attention have the residual stream's dtype
 
 from collections.abc import Sequence
 
-from ..blocks.group import Group
+from ..blocks.group import Group, row_of
 from ..blocks.made_weight import joint_shape
 from ..blocks.policy import Policy
 from ..blocks.projection import Projection
@@ -93,7 +93,7 @@ def _heads(parts: Parts) -> tuple[int, int]:
 
 
 def _ranks(parts: Parts) -> int:
-    return sum(group.r for group in parts.groups)
+    return sum(row_of(group.r) for group in parts.groups)
 
 
 def _up(parts: Parts) -> int:

@@ -8,10 +8,11 @@ import triton.language as tl
 
 from .rows import next_power_of_2
 
-# Bytes of B that a program holds for each term; and columns of a tile, at least and at most. A tile has at least as
-# many numbers as there are threads, so none of it is read by one after another has written there.
-FACTOR = 2**12
-LEAST_COLUMNS, COLUMNS = 32, 128
+# Bytes of B that a program holds for each term; of a row of a tile at least, a line of the cache; and columns of a tile
+# at most. A tile has at least as many numbers as there are threads, so none of it is read by one after another has
+# written there.
+FACTOR, LINE = 2**12, 2**7
+COLUMNS = 128
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def plus_low_rank(y, x_ptr, b, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: t
 
 def columns_of(block_r: int, dtype: torch.dtype) -> int:
     """Columns of a tile whose term has so many ranks."""
-    return min(COLUMNS, max(LEAST_COLUMNS, FACTOR // (block_r * dtype.itemsize)))
+    return min(COLUMNS, max(LINE // dtype.itemsize, FACTOR // (block_r * dtype.itemsize)))
 
 
 def rank_tile(*ranks: int) -> int:
