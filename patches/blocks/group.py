@@ -211,7 +211,7 @@ def low_rank_rows(n_rows: int, r: int, like: Tensor) -> Tensor:
 
 
 def row_of(r: int) -> int:
-    """From one row of a low-rank product to the next: kernels cannot copy ahead what does not begin at such multiples."""
+    """Numbers from one row of a low-rank product to the next: kernels copy ahead only what begins at such multiples."""
     return -(-r // ROW) * ROW
 
 
