@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from sloth_plugins.patches.kernels import dispatch
+from sloth_plugins.patches.kernels.ops.lora_glu import LowRank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 WANTED = 0.80
 # Backwards with trained weights keep their sums in registers, which leaves too few programs to hide all latency. These
 # are asked to take no longer than the kernels that they stand for.
-LESS = {"layer_norm bwd, trained": 0.70, "qk_norm_rope bwd, trained weights": 0.50}
+LESS = {"layer_norm bwd, trained": 0.70, "qk_norm_rope bwd, trained weights": 0.50, "lora_glu bwd": 0.70}
 TOKENS, HIDDEN, FEED, HEADS, KV_HEADS, DIM = 4096, 4096, 14336, 32, 8, 128
+RANK = 16
 # Every set of buffers is used once before the first comes back: together far more than any L2.
 ROTATION_BYTES = 1 << 30
 REPLAYS = 15
@@ -145,6 +147,27 @@ def activate_bwd(kernels):
     return lambda: kernels.activate_bwd(dy, x, x, "gelu_tanh")
 
 
+def low_rank(features):
+    return LowRank(bf16(TOKENS, RANK), bf16(features, RANK))
+
+
+def lora_glu_fwd(kernels):
+    gate, up, out = bf16(TOKENS, FEED), bf16(TOKENS, FEED), bf16(TOKENS, FEED)
+    terms = low_rank(FEED), low_rank(FEED)
+    return lambda: kernels.lora_glu_fwd(gate, up, *terms, "silu", out)
+
+
+def lora_glu_bwd(kernels):
+    dy, gate, up = bf16(TOKENS, FEED), bf16(TOKENS, FEED), bf16(TOKENS, FEED)
+    terms = [low_rank(FEED) for _ in range(3)]
+    return lambda: kernels.lora_glu_bwd(dy, terms[0], gate, up, gate, up, "silu", *terms[1:])
+
+
+def lora_residual(kernels):
+    y, residual, term = bf16(TOKENS, HIDDEN), bf16(TOKENS, HIDDEN), low_rank(HIDDEN)
+    return lambda: kernels.lora_residual(y, term, residual, y)
+
+
 HIDDEN_BYTES, FEED_BYTES = 2 * TOKENS * HIDDEN, 2 * TOKENS * FEED
 HEAD_BYTES, TABLE_BYTES = 2 * TOKENS * (HEADS + KV_HEADS) * DIM, 2 * TOKENS * DIM
 RSTD_BYTES = 4 * TOKENS * (HEADS + KV_HEADS)
@@ -192,6 +215,10 @@ CASES = {
     },
     "glu_fused fwd": ("glu", glu_fused_fwd, 3 * FEED_BYTES),
     "glu_fused bwd": ("glu", glu_fused_bwd, 5 * FEED_BYTES),
+    # Beside which the factors are next to nothing.
+    "lora_glu fwd": ("lora_glu", lora_glu_fwd, 3 * FEED_BYTES),
+    "lora_glu bwd": ("lora_glu", lora_glu_bwd, 6 * FEED_BYTES),
+    "lora_residual": ("lora_residual", lora_residual, 3 * HIDDEN_BYTES),
     "activate gelu_tanh fwd": ("activation", activate_fwd, 2 * FEED_BYTES),
     "activate gelu_tanh bwd": ("activation", activate_bwd, 3 * FEED_BYTES),
 }
