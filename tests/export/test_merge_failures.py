@@ -238,11 +238,18 @@ from sloth_plugins import cli
 from sloth_plugins.export import merging, writing
 merging.merge.__kwdefaults__["shard_bytes"] = {SHARD // 4}
 save = writing.save_shard
-writing.save_shard = lambda *shard: (save(*shard), time.sleep(0.2))
+writing.save_shard = lambda *shard: (save(*shard), time.sleep(60))
 cli.main()
 """
     command = [sys.executable, "-c", code, "export", "merged", str(made / "run"), "-o", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, and so may be the one that runs the tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not shards(partial) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
