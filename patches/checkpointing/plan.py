@@ -1,6 +1,6 @@
 """A plan for one micro-batch, and how it is told."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,20 +15,15 @@ _WORDS = {Policy.KEEP: "kept", Policy.ATTENTION: "recomputed but for the attenti
 class Plan:
     """What each layer does for a micro-batch.
 
-    `peak` are the bytes that it was expected to take at once, and `everything` the seconds that it would take to
-    compute all layers again. A plan that does not fit is the tightest there is.
+    `peak` are the bytes that it was expected to take at once, and `share` how much of computing all layers again it
+    does, from 0 to 1. A plan that does not fit is the tightest there is.
     """
 
     options: list[Option]
     shape: Shape
     peak: int
-    everything: float
+    share: float
     fits: bool
-
-    @property
-    def share(self) -> float:
-        """How much of computing all layers again it does, from 0 to 1."""
-        return sum(option.seconds for option in self.options) / self.everything if self.everything else 0.0
 
     def groups(self) -> Iterator[str]:
         """Consecutive layers that do the same, such as "layers 0-11 recomputed"."""
@@ -36,6 +31,14 @@ class Plan:
             indices = [i for i, _ in same]
             layers = f"layers {indices[0]}-{indices[-1]}" if len(indices) > 1 else f"layer {indices[0]}"
             yield f"{layers} {_WORDS[policy]}{' from host memory' if on_host else ''}"
+
+
+def share_of(plan: Sequence[Option], layers: Sequence[Sequence[Option]]) -> float:
+    """The seconds in which a plan computes again, of those in which all of all layers would be; copies do not count."""
+    again = [{option.policy: option.seconds for option in ways if not option.on_host} for ways in layers]
+    everything = sum(max(seconds.values()) for seconds in again)
+    done = sum(seconds[option.policy] for seconds, option in zip(again, plan, strict=True))
+    return done / everything if everything else 0.0
 
 
 def _way(option: Option) -> tuple[Policy, bool]:

@@ -23,7 +23,7 @@ from .layers import Foreign, Fused, Rates, Shape, checkpointed
 from .memory import Memory, allowed
 from .meters import LayerMeter
 from .options import Option, peak
-from .plan import Plan
+from .plan import Plan, share_of
 from .solver import solve, tightest
 
 # Budgets are told apart by this share of what is allowed, so that plans are found again.
@@ -312,5 +312,4 @@ class Stack:
         keeping = [ways[0] for ways in options]
         found = keeping if peak(keeping, after) <= budget else solve(options, budget, after, self.host_budget)
         plan = tightest(options, self.host_budget) if found is None else found
-        everything = sum(max(option.seconds for option in ways) for ways in options)
-        return Plan(plan, shape, peak(plan, after), everything, found is not None)
+        return Plan(plan, shape, peak(plan, after), share_of(plan, options), found is not None)

@@ -139,6 +139,7 @@ def test_plans_use_the_host_where_the_device_is_too_small(config, monkeypatch):
     stack.budget = Budget("min")
     loss, found = gradients(model)
     assert [option.on_host for option in stack.current.options] == [True] * 5 + [False]
+    assert stack.current.share == pytest.approx(1.0)
     assert stack.host.buffers.bytes <= sum(option.host for option in stack.current.options)
     assert torch.equal(loss, expected[0])
     assert all(torch.equal(found[name], expected[1][name]) for name in found)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sloth_plugins.patches.blocks.policy import Policy
 from sloth_plugins.patches.checkpointing.options import Option, peak
+from sloth_plugins.patches.checkpointing.plan import share_of
 from sloth_plugins.patches.checkpointing.solver import STEPS, solve, tightest
 
 
@@ -100,3 +101,19 @@ def test_nothing_fits_below_what_the_rest_takes():
     assert solve(layers, 20, 30) is None
     assert solve(layers, 35, 30) is None
     assert solve(layers, 70, 30) is not None
+
+
+def test_a_share_counts_what_is_computed_again_and_no_copies():
+    layers = [ways(50, 20, 5, 10, seconds) for seconds in (1.0, 3.0)]
+    keep, attention, part, on_host = range(4)
+    shares = {
+        (keep, keep): 0.0,
+        (part, part): 1.0,
+        (on_host, on_host): 1.0,
+        (part, keep): 0.25,
+        (keep, on_host): 0.75,
+        (attention, attention): 0.8,
+    }
+    for chosen, share in shares.items():
+        plan = [options[i] for options, i in zip(layers, chosen, strict=True)]
+        assert abs(share_of(plan, layers) - share) < 1e-12

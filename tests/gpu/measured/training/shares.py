@@ -47,7 +47,7 @@ def measured(model: Any, rows: int, length: int) -> dict[str, Any]:
     from sloth_plugins.patches.checkpointing import backbone, weights
     from sloth_plugins.patches.checkpointing.budget import Budget
     from sloth_plugins.patches.checkpointing.options import peak
-    from sloth_plugins.patches.checkpointing.plan import Plan
+    from sloth_plugins.patches.checkpointing.plan import share_of
 
     ids = torch.randint(10, model.config.vocab_size - 10, (rows, length), generator=torch.Generator().manual_seed(1))
     ids = ids.cuda()
@@ -84,8 +84,7 @@ def measured(model: Any, rows: int, length: int) -> dict[str, Any]:
             stack._plans.clear()
             found[f"share_{name}"] = round(stack._solve(stack.shape, budget).share, 3)
         stack.host_budget = 0
-        everything = sum(max(option.seconds for option in ways) for ways in options)
-        found["share_whole_layers"] = round(Plan(whole, stack.shape, budget, everything, True).share, 3)
+        found["share_whole_layers"] = round(share_of(whole, options), 3)
         kept = seconds()
         taken = stack.memory.allocated() + sum(p.nbytes for p in stack.trained)
         stack.budget = Budget("bytes", taken + budget)
