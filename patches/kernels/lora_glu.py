@@ -11,16 +11,13 @@ import triton.language as tl
 
 from .activation import act, act_grad
 from .dispatch import on_device_of
-from .low_rank_tiles import columns_of, factor_tile, plus_low_rank, rank_tile
+from .low_rank_tiles import TILES, columns_of, factor_tile, plus_low_rank, rank_tile, term_arguments
 from .rows import cdiv
 
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
 
-# Measured on an H200: rows of a tile, warps, tiles below each other in a program, and how many of these are on their
-# way at once. B is read once for all of them; and what is on its way lies in shared memory, from where it is read as
-# the products' results lie in the registers.
-FORWARD = (16, 4, 4, 3)
+# The backward's, measured on an H200 like `TILES`.
 BACKWARD = (32, 4, 4, 3)
 # Where a multiprocessor has less shared memory than this.
 SMALL_SHARED = 2**17
@@ -99,13 +96,6 @@ def _backward_tiles(dy: torch.Tensor) -> tuple[int, int, int, int]:
     return SMALL_BACKWARD if is_small else BACKWARD
 
 
-def _term(term: "LowRank | None", other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int, int, int]:
-    """(x, b, strides of x's rows and of b's both dimensions, rank)."""
-    if term is None:
-        return other, other, 0, 0, 0, 0
-    return term.x, term.b, term.x.stride(0), term.b.stride(0), term.b.stride(1), term.x.shape[1]
-
-
 def lora_glu_fwd(
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -116,9 +106,9 @@ def lora_glu_fwd(
 ) -> None:
     """Write `out`; same contract as `reference_blocks.lora_glu_fwd`."""
     n_rows, n = gate.shape
-    block_m, warps, tiles, stages = FORWARD
-    gx, gb, *g_strides, g_rank = _term(gate_term, gate)
-    ux, ub, *u_strides, u_rank = _term(up_term, gate)
+    block_m, warps, tiles, stages = TILES
+    gx, gb, *g_strides, g_rank = term_arguments(gate_term, gate)
+    ux, ub, *u_strides, u_rank = term_arguments(up_term, gate)
     block_r = rank_tile(g_rank, u_rank)
     block_n = columns_of(block_r, gate.dtype)
     with on_device_of(gate):
@@ -142,9 +132,9 @@ def lora_glu_bwd(
 ) -> None:
     """Write `dgate` and `dup`, and the output into `dy`; same contract as `reference_blocks.lora_glu_bwd`."""
     n_rows, n = gate.shape
-    dx, db, *d_strides, d_rank = _term(dy_term, gate)
-    gx, gb, *g_strides, g_rank = _term(gate_term, gate)
-    ux, ub, *u_strides, u_rank = _term(up_term, gate)
+    dx, db, *d_strides, d_rank = term_arguments(dy_term, gate)
+    gx, gb, *g_strides, g_rank = term_arguments(gate_term, gate)
+    ux, ub, *u_strides, u_rank = term_arguments(up_term, gate)
     block_r = rank_tile(d_rank, g_rank, u_rank)
     block_m, warps, tiles, stages = _backward_tiles(dy)
     block_n = columns_of(block_r, gate.dtype)

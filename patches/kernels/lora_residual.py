@@ -9,15 +9,11 @@ import triton
 import triton.language as tl
 
 from .dispatch import on_device_of
-from .low_rank_tiles import columns_of, factor_tile, plus_low_rank, rank_tile
+from .low_rank_tiles import TILES, columns_of, factor_tile, plus_low_rank, rank_tile, term_arguments
 from .rows import cdiv
 
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
-
-# Rows of a tile, warps, tiles below each other in a program, and how many of these are on their way at once: those that
-# were measured for `lora_glu`, which reads and writes as this does.
-TILES = (16, 4, 4, 3)
 
 
 @triton.jit
@@ -46,13 +42,12 @@ def lora_residual_kernel(
 def lora_residual(y: torch.Tensor, term: "LowRank", residual: torch.Tensor, out: torch.Tensor) -> None:
     """Write `out`; same contract as `reference_blocks.lora_residual`."""
     n_rows, n = y.shape
-    rank = term.x.shape[1]
+    x, b, *strides, rank = term_arguments(term, y)
     block_m, warps, tiles, stages = TILES
     block_r = rank_tile(rank)
     block_n = columns_of(block_r, y.dtype)
     with on_device_of(y):
         lora_residual_kernel[(cdiv(n_rows, tiles * block_m) * cdiv(n, block_n),)](
-            y, residual, out, term.x, term.b, n_rows, n, y.stride(0), residual.stride(0), out.stride(0),
-            term.x.stride(0), term.b.stride(0), term.b.stride(1), R=rank, BLOCK_R=block_r, BLOCK_M=block_m,
-            BLOCK_N=block_n, TILES=tiles, STAGES=stages, num_warps=warps,
+            y, residual, out, x, b, n_rows, n, y.stride(0), residual.stride(0), out.stride(0), *strides,
+            R=rank, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles, STAGES=stages, num_warps=warps,
         )  # fmt: skip

@@ -2,12 +2,21 @@
 # Kernels are written in Triton's language, not in typed Python.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from .rows import next_power_of_2
 
+if TYPE_CHECKING:
+    from .ops.lora_glu import LowRank
+
+# Measured on an H200: rows of a tile, warps, tiles below each other in a program, and how many of these are on their
+# way at once. B is read once for all of them; and what is on its way lies in shared memory, from where it is read as
+# the products' results lie in the registers.
+TILES = (16, 4, 4, 3)
 # Bytes of B that a program holds for each term; of a row of a tile at least, a line of the cache; and columns of a tile
 # at most. A tile has at least as many numbers as there are threads, so none of it is read by one after another has
 # written there.
@@ -36,6 +45,15 @@ def plus_low_rank(y, x_ptr, b, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: t
         x = tl.load(x_ptr + rows[:, None] * x_row + rank[None, :], mask=x_mask, other=0.0)
         y = tl.dot(x, b, acc=y, input_precision="ieee").to(x.dtype).to(tl.float32)
     return y
+
+
+def term_arguments(
+    term: "LowRank | None", other: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int, int, int, int]:
+    """(x, b, strides of x's rows and of b's both dimensions, rank)."""
+    if term is None:
+        return other, other, 0, 0, 0, 0
+    return term.x, term.b, term.x.stride(0), term.b.stride(0), term.b.stride(1), term.x.shape[1]
 
 
 def columns_of(block_r: int, dtype: torch.dtype) -> int:
