@@ -110,11 +110,11 @@ def backward(
     needs: list[bool],
     *,
     need_dx: bool,
-    into: Tensor | None,
+    in_place: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(gradient of x, gradients of the adapters of qkv and o) for the gradient `total` of the block's output.
 
-    x and its gradient, which may be written `into` the memory of `total`, are [B, S, h].
+    x and its gradient are [B, S, h]; `in_place` that is written where `total` lies.
     """
     parts, flat, grad = run.parts, rows(x), rows(total)
     n_needs = len(parts.qkv.parameters())
@@ -129,7 +129,7 @@ def backward(
     dyb = parts.qkv.low_rank_grad(dqkv)
     if need_dx:
         dn = parts.qkv.input_grad(dqkv, dyb, run.seeds["qkv"])
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
+        dx = total if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         norm_rows_backward(
             dn, flat, parts.attention_norm, made["stats"], dx=rows(dx), residual_grad=grad,
             restore=any(needs[:n_needs]),
@@ -219,9 +219,9 @@ class AttentionBlock(torch.autograd.Function):
             ctx.others = {}
         # Where the gradient lies that comes in, there is room for the one that goes out.
         fits = grad.dtype is x.dtype and grad.is_contiguous()
-        into = grad if fits and exclusively_owned(grad, "incoming") else None
+        in_place = fits and exclusively_owned(grad, "incoming")
         dx, grads = backward(
-            run, x, made, grad, list(ctx.needs_input_grad[2:]), need_dx=ctx.needs_input_grad[1], into=into
+            run, x, made, grad, list(ctx.needs_input_grad[2:]), need_dx=ctx.needs_input_grad[1], in_place=in_place
         )
         if parked is not None:
             parked.leave()

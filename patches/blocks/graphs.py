@@ -122,11 +122,11 @@ class LayerGraph:
         parallel = run.parts.is_parallel
         dmid, of_mlp = mlp_block.backward(
             run, self.source, self.mlp, grad, list(self.needs[n:]), need_dx=need_dx or not parallel,
-            overwrite=overwrite, into=None,
+            overwrite=overwrite, in_place=False,
         )  # fmt: skip
         through = grad if parallel or dmid is None else dmid
         dx, of_attention = attention_block.backward(
-            run, x, self.attention, through, list(self.needs[:n]), need_dx=need_dx, into=None
+            run, x, self.attention, through, list(self.needs[:n]), need_dx=need_dx, in_place=False
         )
         if parallel and dx is not None and dmid is not None:
             dx = dx + dmid

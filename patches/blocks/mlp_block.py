@@ -97,11 +97,11 @@ def backward(
     *,
     need_dx: bool,
     overwrite: bool,
-    into: Tensor | None,
+    in_place: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(gradient of the norm's input, with the residual's unless parallel; gradients of the adapters of up and down).
 
-    The first is [B, S, h] as the gradient `total` of the block's output, and may be written `into` its memory.
+    The first is [B, S, h] as the gradient `total` of the block's output, and `in_place` is written where that lies.
     """
     parts, grad = run.parts, rows(total)
     n_needs = len(parts.up.parameters())
@@ -118,7 +118,7 @@ def backward(
     dn = parts.up.input_grad(dups, dyb, run.seeds["up"])
     dx = None
     if need_dx:
-        dx = torch.empty(total.shape, dtype=mid.dtype, device=mid.device) if into is None else into
+        dx = total if in_place else torch.empty(total.shape, dtype=mid.dtype, device=mid.device)
     norm_rows_backward(
         dn, mid, parts.mlp_norm, made["stats"],
         dx=None if dx is None else rows(dx), residual_grad=None if parts.is_parallel else grad,
@@ -161,7 +161,7 @@ class MLPBlock(torch.autograd.Function):
         source = inputs[0] if run.parked is None else attention_block.fetch(run, keep=repeatable)
         # Where the gradient lies that comes in, there is room for the one that goes out.
         fits = not parts.is_parallel and grad.dtype is source.dtype and grad.is_contiguous()
-        into = grad if fits and exclusively_owned(grad, "incoming") else None
+        in_place = fits and exclusively_owned(grad, "incoming")
         overwrite = run.may_overwrite and not repeatable
         if run.policy is Policy.KEEP:
             made["outputs"] = [made[name] for name in ("output0", "output1") if name in made]
@@ -175,6 +175,6 @@ class MLPBlock(torch.autograd.Function):
         need_x, need_mid = ctx.needs_input_grad[1:3]
         dx, grads = backward(
             run, mid, made, grad, list(ctx.needs_input_grad[3:]), need_dx=need_x if parts.is_parallel else need_mid,
-            overwrite=overwrite, into=into,
+            overwrite=overwrite, in_place=in_place,
         )  # fmt: skip
         return None, *((dx, grad) if parts.is_parallel else (None, dx)), *grads
