@@ -2,37 +2,31 @@
 
 Triton decides when it is imported whether kernels are interpreted, and the other folders' tests in this process must
 meet the reference. So these tests run twice: here on the reference, and in a child process that test_interpreter.py
-starts with TRITON_INTERPRET=1, where the same files meet the Triton kernels. That takes a thousand times as long. Each
-test runs some of its cases, the same ones every time, and fewer there; with SLOTH_ALL_CASES=1 it runs them all.
+starts with TRITON_INTERPRET=1, where the same files meet the Triton kernels. That takes a thousand times as long, so
+each test there runs a few of its cases, the same ones every time; with SLOTH_ALL_CASES=1 it runs them all.
 """
 
 import os
 import random
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Cases of each test.
-CASES = 6 if INTERPRETED else 24
+# Cases of each test for the interpreter.
+CASES = 6
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out cases of this folder's tests beyond those drawn, and what the interpreter says nothing of."""
-    if os.environ.get("SLOTH_ALL_CASES") == "1":
+    """Leave out what the interpreter need not run: tests that it says nothing of, and cases beyond those drawn."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("SLOTH_ALL_CASES") == "1":
         return
-    cases, drawn = defaultdict(list), set()
+    cases = defaultdict(list)
     for item in items:
-        if HERE not in item.path.parents:
-            drawn.add(id(item))
-        elif not (INTERPRETED and item.get_closest_marker("not_interpreted")):
+        if item.get_closest_marker("not_interpreted") is None:
             cases[item.nodeid.partition("[")[0]].append(item)
-    for name, of in cases.items():
-        # Drawn rather than every n-th, which would give all of them one value of a parameter.
-        drawn |= {id(item) for item in random.Random(name).sample(of, min(CASES, len(of)))}
+    # Drawn rather than every n-th, which would give all of them one value of a parameter.
+    drawn = {id(item) for name, of in cases.items() for item in random.Random(name).sample(of, min(CASES, len(of)))}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in drawn])
     items[:] = [item for item in items if id(item) in drawn]
 
