@@ -55,7 +55,7 @@ def _unrotate(run: Run, made: dict[str, Any], dq: Tensor, dk: Tensor, to: tuple[
 
 
 def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any], Tensor]:
-    """(what the backward needs, the block's output [T, h]) for the layer's input x [B, S, h].
+    """(what the backward needs, the block's output [T, h]) for the layer's input x [B, S, h]; see `AttentionBlock`.
 
     What `run.kept` has of an earlier forward is not computed again.
     """
@@ -81,8 +81,10 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
             made["q"], made["k"] = q, k
     values = _values(state, flat.shape[0])
     made["xa_o"] = kept["xa_o"] if kept else parts.o.low_rank(values, run.seeds["o"])
-    left, mid = leave(parts.o, values, made["xa_o"], parts.attention_output_norm, flat)
-    return made | left, mid
+    # The MLP of a parallel layer adds its residual: upstream rounds the sum of both blocks where it is still small.
+    residual = None if parts.is_parallel else flat
+    left, mid = leave(parts.o, values, made["xa_o"], parts.attention_output_norm, residual)
+    return made | left, mid.to(x.dtype)
 
 
 def _fill(run: Run, k: Tensor, v: Tensor) -> None:
@@ -175,7 +177,10 @@ def _attention_backward(run: Run, made: dict[str, Any], state: State, grad: Tens
 
 
 class AttentionBlock(torch.autograd.Function):
-    """x [B, S, h] to x plus the attention of its norm; `params` are those of the adapters of qkv and o, in order."""
+    """x [B, S, h] to x plus the attention of its norm, which in a parallel layer comes without x.
+
+    `params` are those of the adapters of qkv and o, in order. The gradient of x is in both that of the sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, run: Run, x: Tensor, *params: Tensor) -> Tensor:

@@ -33,9 +33,16 @@ def enter(
 
 
 def leave(
-    group: Group, x: Tensor, xa: Tensor | None, norm: Norm | None, residual: Tensor
+    group: Group, x: Tensor, xa: Tensor | None, norm: Norm | None, residual: Tensor | None
 ) -> tuple[dict[str, Any], Tensor]:
-    """(what `leave_backward` needs, residual [T, h] plus the group's one output, after `norm` where there is one)."""
+    """(what `leave_backward` needs, residual [T, h] plus the group's one output, after `norm` where there is one).
+
+    Without a residual, which no layer with such a norm leaves out, that output alone.
+    """
+    if residual is None:
+        assert norm is None, "a norm is taken with the residual"
+        (out,) = group.forward(x, xa)
+        return {}, out
     if norm is None and xa is not None and group.is_narrow:
         (out,) = group.forward(x, xa, with_adapters=False)
         (term,) = group.terms(xa)

@@ -129,7 +129,7 @@ class LayerGraph:
             run, x, self.attention, through, list(self.needs[:n]), need_dx=need_dx, in_place=False
         )
         if parallel and dx is not None and dmid is not None:
-            dx = dx + dmid
+            dx = rows(dx) + dmid
         return dx, of_attention + of_mlp
 
     def backward(self, grad: Tensor, need_dx: bool) -> tuple[Tensor | None, list[Tensor | None]]:

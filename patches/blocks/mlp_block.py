@@ -79,13 +79,13 @@ def _up(run: Run, mid: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward(run: Run, mid: Tensor, residual: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """(what the backward needs, the block's output [T, h]) for the norm's input and the residual, both [T, h]."""
+    """(what the backward needs, the block's output [T, h]) for the norm's input and what is added, both [T, h]."""
     parts = run.parts
     made = _up(run, mid, {})
     hidden = _activate(run, made)
     made["xa_down"] = parts.down.low_rank(hidden, run.seeds["down"])
     left, out = leave(parts.down, hidden, made["xa_down"], parts.mlp_output_norm, residual)
-    return made | left, out
+    return made | left, out.add_(mid) if parts.is_parallel else out
 
 
 def backward(
@@ -129,7 +129,7 @@ def backward(
 
 
 class MLPBlock(torch.autograd.Function):
-    """mid plus the MLP of its norm; in a parallel layer, mid plus the MLP of the norm of the layer's input x.
+    """mid plus the MLP of its norm; in a parallel layer, x plus mid plus the MLP of the norm of x, the layer's input.
 
     x and mid [B, S, h]; `params` are those of the adapters of gate, up and down, in order.
     """

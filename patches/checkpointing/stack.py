@@ -70,9 +70,9 @@ class Stack:
         self._learning: Shape | None = None
         self._learned: Shape | None = None
         self._taken_in: Shape | None = None
-        # Bytes that the rest of the model and the loss take once the layers have run, and then the layers' backward;
-        # what is held between the two beyond what there was when the forward began.
-        self._after = self._work = self._held = self._began = 0
+        # Bytes that the rest of the model and the loss take once the backbone has run, and then the layers' backward;
+        # what is held when each begins beyond what there was when the forward began.
+        self._after = self._work = self._held = self._held_after = self._began = 0
         # Plans since a micro-batch last came through, and the limit for its next attempt.
         self._tried: deque[tuple[Shape, Plan]] = deque(maxlen=8)
         self._attempt: int | None = None
@@ -117,6 +117,7 @@ class Stack:
         if self._learning is None or not output.requires_grad:
             return
         shape, before = self._learning, self.memory.allocated()
+        self._held_after = before - self._began
         self.memory.reset()
 
         def loss_is_done(grad: torch.Tensor) -> None:
@@ -288,18 +289,24 @@ class Stack:
 
     def _after_for(self, shape: Shape) -> int:
         assert self._learned is not None, "asked once that is known"
-        return int(self._after * shape.tokens / self._learned.tokens)
+        # With what the rest of the model keeps, which is no layer's.
+        after = self._after + max(0, self._held_after - self._kept_in_learning())
+        return after * shape.tokens // self._learned.tokens
+
+    def _kept_in_learning(self) -> int:
+        """Bytes that the layers kept in the micro-batch that was measured."""
+        assert self._learned is not None, "asked once that is known"
+        firsts = self._firsts()
+        # All but the input was computed again; but a layer of upstream's that was measured kept everything.
+        measured = (isinstance(self._layers[i], Foreign) and i in firsts for i in range(len(self.modules)))
+        formulas = self._formulas(self._learned, host=False)
+        return sum(ways[0 if whole else -1].kept for ways, whole in zip(formulas, measured, strict=True))
 
     def _options(self, shape: Shape) -> list[list[Option]]:
         assert self._learned is not None, "asked once that is known"
-        # The worst moment of the backward that was measured, when all but the input was computed again; and what the
-        # rest of the model holds meanwhile.
-        formulas, firsts = self._formulas(self._learned, host=False), self._firsts()
-        # A layer of upstream's that was measured kept everything.
-        measured = [isinstance(self._layers[i], Foreign) and i in firsts for i in range(len(formulas))]
-        kept = [ways[0 if whole else -1] for ways, whole in zip(formulas, measured, strict=True)]
-        factor = self._work / max(1, *(ways[-1].work for ways in formulas))
-        rest = max(0, self._held - sum(option.kept for option in kept)) * shape.tokens // self._learned.tokens
+        # The worst moment of the backward that was measured, and what the rest of the model holds meanwhile.
+        factor = self._work / max(1, *(ways[-1].work for ways in self._formulas(self._learned, host=False)))
+        rest = max(0, self._held - self._kept_in_learning()) * shape.tokens // self._learned.tokens
         ways = self._formulas(shape, host=self.host_budget > 0)
         return [[replace(option, work=int(option.work * factor) + rest) for option in options] for options in ways]
 

@@ -70,9 +70,11 @@ class LayerStep:
         keys[row, :, lengths] = k[:, 0].to(keys.dtype)
         values[row, :, lengths] = v[:, 0].to(values.dtype)
         found = decode_attention(q[:, 0], keys, values, lengths, self.scaling, self.window, self.softcap)
-        mid = self._leave(1, found.flatten(1), parts.attention_output_norm, x)
+        # As in the blocks: both parts of a parallel layer are summed before the residual.
+        mid = self._leave(1, found.flatten(1), parts.attention_output_norm, None if parts.is_parallel else x)
         outputs = self._project(2, self._normed(x if parts.is_parallel else mid, parts.mlp_norm, parts.up))
-        return self._leave(3, self._activated(outputs), parts.mlp_output_norm, mid)
+        out = self._leave(3, self._activated(outputs), parts.mlp_output_norm, mid)
+        return out + x if parts.is_parallel else out
 
     def _normed(self, x: Tensor, norm: Norm, group: Group) -> Tensor:
         normed = torch.empty(x.shape, dtype=group.dtype, device=x.device)
@@ -100,11 +102,11 @@ class LayerStep:
         add_low_rank(low_rank(x, group.a, scales), terms, residual)
         return outputs
 
-    def _leave(self, index: int, x: Tensor, norm: Norm | None, residual: Tensor) -> Tensor:
-        """residual [B, h] plus the one output of a group, after `norm` where there is one."""
-        joins = norm is None and residual.dtype is self.dtype
+    def _leave(self, index: int, x: Tensor, norm: Norm | None, residual: Tensor | None) -> Tensor:
+        """residual [B, h], if there is one, plus the one output of a group, after `norm` where there is one."""
+        joins = norm is None and residual is not None and residual.dtype is self.dtype
         (out,) = self._project(index, x, residual if joins else None)
-        if joins:
+        if joins or residual is None:
             return out
         if norm is None:
             return residual + out

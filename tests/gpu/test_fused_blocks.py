@@ -48,6 +48,21 @@ def build(family, dtype=torch.bfloat16, quantised=False):
     return peft.get_peft_model(model, config).cuda().train()
 
 
+def in_fp32(model):
+    """A model of `build` in fp32, with what four bits have left of its weights."""
+    import bitsandbytes as bnb
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, bnb.nn.Linear4bit):
+                dense = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
+                dense.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+                dense.bias = child.bias
+                parent._modules[name] = dense
+    return model.float()
+
+
 def batch(rows=2, length=96, seed=3):
     return torch.randint(0, 96, (rows, length), generator=torch.Generator().manual_seed(seed)).cuda()
 
@@ -78,20 +93,9 @@ def runs(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES, ids=IDS)
 def test_no_further_from_fp32_than_stock(family, quantised, runs):
     model = build(family, quantised=quantised)
-    truth_model = build(family, quantised=quantised)
-    if quantised:
-        import bitsandbytes as bnb
-
-        for parent in list(truth_model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, bnb.nn.Linear4bit):
-                    dense = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                    weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
-                    dense.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-                    dense.bias = child.bias
-                    parent._modules[name] = dense
-    batches = [batch(seed=seed) for seed in range(4)]
-    truth_model.float()
+    # Of four batches the ratio differs by a fifth from that of many.
+    batches = [batch(seed=seed) for seed in range(16)]
+    truth_model = in_fp32(build(family, quantised=quantised))
     truths = [gradients(truth_model, ids, None) for ids in batches]
     stock = sum(distance(gradients(model, ids), truth) for ids, truth in zip(batches, truths, strict=True))
     report = patch(model, "*:blocks")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_fused_blocks import FAMILIES, IDS, build
+from test_fused_blocks import FAMILIES, IDS, build, in_fp32
 
 from sloth_plugins import patch, revert
 from sloth_plugins.patches.generation import decoder, entry
@@ -14,9 +14,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 
 
-def prompts(rows=3, width=70):
+def prompts(rows=3, width=70, seed=5):
     """Rows of unequal length, padded on the left; longer than the window."""
-    ids = torch.randint(3, 96, (rows, width), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(3, 96, (rows, width), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row in range(rows):
         mask[row, : 7 * row] = 0
@@ -65,25 +65,27 @@ def test_most_probable_tokens_in_fp32(family, graphs):
 @pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "nf4"])
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=["fp32 adapters", "bf16 adapters"])
 def test_half_precision_is_as_near_as_transformers(quantised, adapters, monkeypatch, steps):
-    model = build(("llama", "llama"), quantised=quantised).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(adapters)
-    given = {name: t[:1] for name, t in prompts().items()}
+    model, truth = (build(("llama", "llama"), quantised=quantised).eval() for _ in range(2))
+    for given in (model, truth):
+        for name, parameter in given.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(adapters)
+    truth = in_fp32(truth)
     options = {**GREEDY, "max_new_tokens": 20}
     monkeypatch.setattr(decoder, "WORTH", 100)
-    found = generate(model, given, **options)
-    own = model.generate(**given, **options, output_logits=True, return_dict_in_generate=True)
-    assert len(steps) == 20
-    ours = torch.stack([logits[0] for logits in steps])
-    theirs = torch.stack([logits[0] for logits in own.logits])
-    # Each held to what the model makes of its own text at once, where a product has other roundings again.
-    with torch.no_grad():
-        errors = [
-            (logits.double() - model(input_ids=tokens[:, :-1]).logits[0, 69:].double()).norm().item()
-            for logits, tokens in ((ours, found), (theirs, own.sequences))
-        ]
-    assert errors[0] <= 1.5 * errors[1] + 1e-3 * theirs.double().norm().item()
+    errors = [0.0, 0.0]
+    for seed in range(6):
+        given = prompts(rows=1, seed=seed)
+        steps.clear()
+        found = generate(model, given, **options)
+        own = model.generate(**given, **options, output_logits=True, return_dict_in_generate=True)
+        assert len(steps) == 20
+        for i, (logits, tokens) in enumerate(((steps, found), (own.logits, own.sequences))):
+            with torch.no_grad():
+                exact = truth(input_ids=tokens[:, :-1]).logits[0, 69:]
+            # Each at its own text; what the prompt alone gives is of the same kernels.
+            errors[i] += (torch.stack([row[0] for row in logits]) - exact)[1:].norm().item()
+    assert errors[0] < 1.1 * errors[1], errors
 
 
 def test_a_graph_gives_what_its_steps_give_and_rows_that_end_are_left_out(graphs, monkeypatch):
@@ -123,12 +125,12 @@ def test_weights_are_read_at_each_call_and_memory_is_given_back(graphs):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.mul_(-1.5)
-        texts.append(faster(**prompts(), **GREEDY))
+        texts.append(faster(**prompts(), **GREEDY).cpu())
     assert torch.cuda.memory_allocated() <= before[0]
     assert torch.cuda.memory_reserved() <= before[1] + 2**22
     assert len(graphs) == 5
     assert len({tuple(text.flatten().tolist()) for text in texts}) == 4
-    assert (texts[-1] == model.generate(**prompts(), **GREEDY)).float().mean() > 0.9
+    assert (texts[-1] == model.generate(**prompts(), **GREEDY).cpu()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])

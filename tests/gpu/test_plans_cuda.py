@@ -84,6 +84,8 @@ def test_peaks_are_as_expected(model, stack, tokens, share):
 
 def test_gradients_are_those_of_keep_to_the_bit(model, stack):
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # cuDNN's attention adds up in the order in which its parts are done, which differs from one backward to the next.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         loss, expected = step(model, 2048)
         assert stack.current.share == 0.0
@@ -96,6 +98,7 @@ def test_gradients_are_those_of_keep_to_the_bit(model, stack):
             assert torch.equal(found_loss, loss)
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
         torch.use_deterministic_algorithms(False)
 
 
