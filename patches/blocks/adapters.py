@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..kernels.ops.copies import Copies
 from .group import Group
 from .joint_group import JointGroup
 
@@ -15,11 +16,10 @@ class AdapterCopies:
     do those whose group wants all B in one tensor.
     """
 
-    __slots__ = ("_sources", "_targets")
+    __slots__ = ("_copies",)
 
     def __init__(self, groups: Sequence[Group], dtype: torch.dtype) -> None:
-        self._targets: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group in groups:
             present = group.present()
             if len(present) == 1 and present[0].a.dtype is dtype:
@@ -32,24 +32,19 @@ class AdapterCopies:
                 if adapter is None or group.a is None:
                     continue
                 if group.a.data_ptr() != adapter.a.data_ptr():
-                    self._add(group.a[cols], adapter.a)
-                group.b[i] = self._copy_of_b(group, i, adapter.b, dtype)
-
-    def _copy_of_b(self, group: Group, i: int, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if isinstance(group, JointGroup) and group.b_joint is not None:
-            copy = group.b_joint[group.outputs[i], group.cols[i]]
-        elif b.dtype is dtype:
-            return b.detach()
-        else:
-            copy = torch.empty(b.shape, dtype=dtype, device=b.device)
-        self._add(copy, b)
-        return copy
-
-    def _add(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._targets.append(target)
-        self._sources.append(source.detach())
+                    pairs.append((adapter.a.detach(), group.a[cols]))
+                group.b[i] = copy = _place_of_b(group, i, adapter.b, dtype)
+                if copy.data_ptr() != adapter.b.data_ptr():
+                    pairs.append((adapter.b.detach(), copy))
+        self._copies = Copies([source for source, _ in pairs], [target for _, target in pairs])
 
     def refresh(self) -> None:
         """Copy the adapters as they are now; at every forward, since an optimizer may change them unseen by torch."""
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources)
+        self._copies.run()
+
+
+def _place_of_b(group: Group, i: int, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where the B [n, r] of a group's projection is used."""
+    if isinstance(group, JointGroup) and group.b_joint is not None:
+        return group.b_joint[group.outputs[i], group.cols[i]]
+    return b.detach() if b.dtype is dtype else torch.empty(b.shape, dtype=dtype, device=b.device)

@@ -1,6 +1,6 @@
 """Memory that activations leave over, spent on weights that need not be made from four bits at every product."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ..blocks import graphs, resident
 from ..blocks.group import Group
@@ -25,18 +25,27 @@ def fit(layers: Iterable[Parts], tokens: int, spare: int) -> int:
     Layers that run as CUDA graphs make their own.
     """
     total = 0
+    chosen = []
+    # The smaller ones first: a byte of theirs spares more, since each costs a launch, too.
+    for size, is_in_graph, group, together in sorted(_sized(layers, tokens), key=lambda entry: entry[0]):
+        if is_in_graph or total + size > spare:
+            resident.drop(together)
+            continue
+        total += size
+        chosen.append((group, together))
+    for group, together in chosen:
+        if resident.held(together, group.dtype, joint_shape(together, group.room)) is None:
+            resident.hold(together, joint_weight(together, group.dtype, group.room))
+    return total
+
+
+def _sized(layers: Iterable[Parts], tokens: int) -> Iterator[tuple[int, bool, Group, tuple[Projection, ...]]]:
+    """What may stay, with its bytes and whether its layer runs as a graph."""
     for parts in layers:
         made = made_weights(parts)
-        is_in_graph = tokens * sum(p.shape[0] * p.shape[1] for _, together in made for p in together) <= graphs.MAX_WORK
+        numbers = sum(p.shape[0] * p.shape[1] for _, together in made for p in together)
         for group, together in made:
-            size = bytes_of(group, together)
-            if is_in_graph or total + size > spare:
-                resident.drop(together)
-                continue
-            total += size
-            if resident.held(together, group.dtype, joint_shape(together, group.room)) is None:
-                resident.hold(together, joint_weight(together, group.dtype, group.room))
-    return total
+            yield bytes_of(group, together), tokens * numbers <= graphs.MAX_WORK, group, together
 
 
 def staying(layers: Iterable[Parts]) -> int:

@@ -18,6 +18,7 @@ from .ops import activate, apply_rotary, glu, glu_fused, layer_norm, qk_norm_rop
 from .ops.activation import ACTIVATIONS
 from .ops.block_norm import Norm
 from .ops.common import implementation_beside
+from .ops.copies import Copies
 from .ops.four_bit import dequantize_four_bit
 from .ops.lora_glu import LowRank
 from .ops.vocab_rows import LogitShape, RowStatistics, rows_implementation
@@ -161,6 +162,13 @@ def _lora_residual(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]
     return results[0], results[1]
 
 
+def _copies(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    sources = [draw(7, 100).detach(), draw(4100, 2)[:, :1].detach()]
+    targets = [torch.empty(s.shape, dtype=torch.float16, device=s.device) for s in sources]
+    Copies(sources, targets).run()
+    return targets, [source.half() for source in sources]
+
+
 def _four_bit(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     like = draw(1)
     packed = torch.randint(256, (12 * 32,), dtype=torch.uint8).to(like.device)
@@ -176,6 +184,7 @@ KERNELS: dict[str, Check] = {
     "block_norm": _block_norm,
     "lora_glu": _lora_glu,
     "lora_residual": _lora_residual,
+    "copies": _copies,
     "four_bit": _four_bit,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
