@@ -34,6 +34,9 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # With its workspace, which is torch's memory too, and stays: it is nothing that a micro-batch takes.
+        with torch.cuda.device(device):
+            torch.cuda.current_blas_handle()
 
     def total(self) -> int:
         """All that the device has."""
