@@ -53,7 +53,10 @@ def drop(projections: Iterable[Projection]) -> None:
 
 def size(projections: Iterable[Projection]) -> int:
     """Bytes that stay of these."""
-    return sum(_held[p.base][1].nbytes for p in projections if p.base in _held)
+    if not _held:
+        return 0
+    found = (_held.get(p.base) for p in projections)
+    return sum(entry[1].nbytes for entry in found if entry is not None)
 
 
 def may_stay(projections: Sequence[Projection]) -> bool:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Stack:
         told: Callable[["Stack", Plan], None],
     ) -> None:
         self.modules, self.trained = tuple(modules), tuple(trained)
+        self._sizes = [p.nbytes for p in self.trained]
         self.memory, self.budget, self.told = memory, budget, told
         # Bytes of host memory that may be used, and who keeps tensors there.
         self.host_budget = 0
@@ -179,7 +181,7 @@ class Stack:
         if self._attempt is not None:
             self.limit = min(self.limit, self._attempt)
         # Gradients that are not there yet come while activations go.
-        unborn = sum(p.nbytes for p in self.trained if p.grad is None)
+        unborn = sum(compress(self._sizes, [p.grad is None for p in self.trained]))
         return self.limit - self.memory.allocated() - unborn + weights.staying(self._fused())
 
     def _fused(self) -> list[Parts]:

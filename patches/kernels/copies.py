@@ -27,9 +27,7 @@ def copy_rows_kernel(table_ptr, blocks_ptr, FROM: tl.constexpr, TO: tl.constexpr
     tl.store(target + row * tl.load(at + 3) + col, values.to(TO), mask=mask)
 
 
-def copy_rows(
-    table: torch.Tensor, blocks: torch.Tensor, source: torch.dtype, target: torch.dtype, block: int
-) -> None:
+def copy_rows(table: torch.Tensor, blocks: torch.Tensor, source: torch.dtype, target: torch.dtype, block: int) -> None:
     """Copy all pairs; see `ops.copies.Copies`."""
     with on_device_of(table):
         copy_rows_kernel[(blocks.shape[0],)](

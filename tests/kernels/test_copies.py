@@ -21,9 +21,7 @@ def wide(rows, cols, dtype, extra):
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_all_are_copied_and_nothing_else(source, target):
-    pairs = [
-        (wide(*shape, source, i % 3), wide(*shape, target, (i + 1) % 3)) for i, shape in enumerate(SHAPES)
-    ]
+    pairs = [(wide(*shape, source, i % 3), wide(*shape, target, (i + 1) % 3)) for i, shape in enumerate(SHAPES)]
     expected = [(given.to(target), whole.clone()) for (_, given), (whole, _) in pairs]
     copies = Copies([given for (_, given), _ in pairs], [to for _, (_, to) in pairs])
     assert (copies.table is not None) is INTERPRETED
