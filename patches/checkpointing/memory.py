@@ -36,7 +36,7 @@ class Cuda:
         self.device = device
         # With its workspace, which is torch's memory too, and stays: it is nothing that a micro-batch takes.
         with torch.cuda.device(device):
-            torch.cuda.current_blas_handle()
+            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # torch's
 
     def total(self) -> int:
         """All that the device has."""
