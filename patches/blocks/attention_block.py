@@ -8,6 +8,7 @@ import torch
 from ..kernels.once import differentiable_once
 from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
+from ..kernels.ops.lora_rope import lora_rope, supports_lora_rope
 from ..kernels.ownership import exclusively_owned, graph_is_kept
 from .attention import State, attend, attend_backward
 from .edges import enter, leave, leave_backward
@@ -41,6 +42,31 @@ def rotate(parts: Parts, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, made: d
     return q_out, k_out
 
 
+def _adds_late(run: Run) -> bool:
+    """Whether the adapters of q, k and v are added where q and k are rotated, which otherwise their products do."""
+    group = run.parts.qkv
+    ranks = [adapter.a.shape[0] for adapter in group.present()]
+    # One term for outputs that lie beside each other has to be one piece, or three of a size.
+    is_one = not group.gives_one or len(group.projections) == 1 or (len(ranks) == 3 and len(set(ranks)) == 1)
+    fits = run.parts.qk_norms is None and supports_lora_rope(run.cos, run.sin, run.parts.heads[2])
+    return bool(ranks) and fits and is_one and group.is_narrow
+
+
+def _add_and_rotate(run: Run, outputs: list[Tensor], xa: Tensor | None) -> None:
+    """Add the low-rank terms of q, k and v to their products, and turn q and k, where they lie."""
+    group = run.parts.qkv
+    n_q, n_k, _ = run.parts.heads
+    if group.gives_one:
+        separate = len(group.projections) == 3
+        lora_rope(outputs[0], group.whole_term(xa), run.cos, run.sin, (n_q, n_k, n_k), separate=separate)
+        return
+    terms = group.terms(xa)
+    for y, term, heads in zip(outputs[:2], terms[:2], ((n_q, 0, 0), (0, n_k, 0)), strict=True):
+        lora_rope(y, term, run.cos, run.sin, heads)
+    if terms[2] is not None:
+        outputs[2].addmm_(terms[2].x, terms[2].b.t())
+
+
 def _unrotate(run: Run, made: dict[str, Any], dq: Tensor, dk: Tensor, to: tuple[Tensor, Tensor]) -> None:
     """Gradients of q and k before the rotation (and their norms), written into `to`."""
     norms = run.parts.qk_norms
@@ -61,11 +87,15 @@ def forward(run: Run, x: Tensor, *, differentiable: bool) -> tuple[dict[str, Any
     """
     parts, flat, kept = run.parts, rows(x), run.kept
     shape = (x.shape[0], x.shape[1])
-    made, outputs = enter(parts.qkv, parts.attention_norm, flat, run.seeds["qkv"], kept)
+    late = _adds_late(run)
+    made, outputs = enter(parts.qkv, parts.attention_norm, flat, run.seeds["qkv"], kept, with_adapters=not late)
+    if late:
+        _add_and_rotate(run, outputs, made["xa"])
     q, k, v = split_heads(parts, outputs, shape)
     if parts.qk_norms is not None:
         made["raw_q"], made["raw_k"] = q, k
-    q, k = rotate(parts, run.cos, run.sin, q, k, made)
+    if not late:
+        q, k = rotate(parts, run.cos, run.sin, q, k, made)
     if run.cache is not None:
         _fill(run, k, v)
     state: State | None = kept.get("state")

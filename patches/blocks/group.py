@@ -130,6 +130,11 @@ class Group:
         pairs = zip(self.b, self.cols, strict=True)
         return [None if b is None or xa is None else LowRank(xa[:, cols], b) for b, cols in pairs]
 
+    def whole_term(self, xa: Tensor | None) -> LowRank | None:
+        """xa B^T of all outputs, where they are one."""
+        (term,) = self.terms(xa)
+        return term
+
     def low_rank_grad(self, dys: Sequence[Tensor]) -> Tensor | None:
         """dyb [T, r] of the outputs' gradients; None without adapters."""
         if not self.r:

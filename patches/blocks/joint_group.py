@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.four_bit_weight import FourBitRows
+from ..kernels.ops.lora_glu import LowRank
 from .group import Group, Tensor, scaled_product
 from .made_weight import is_made, joint_weight
 from .projection import Projection
@@ -64,6 +65,10 @@ class JointGroup(Group):
         if with_adapters and xa is not None and self.b_joint is not None:
             y.addmm_(xa, self.b_joint.t())
         return [y if out is None else out]
+
+    def whole_term(self, xa: Tensor | None) -> LowRank | None:
+        """As a `Group`'s."""
+        return None if xa is None or self.b_joint is None else LowRank(xa, self.b_joint)
 
     def _weight(self) -> Tensor:
         return joint_weight(self.projections, self.dtype, self.room, self.packed)

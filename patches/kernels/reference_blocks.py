@@ -1,10 +1,11 @@
 """The kernels of decoder blocks in plain torch, with the functions of the Triton modules."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from .reference import glu_bwd, glu_fwd
+from .reference import glu_bwd, glu_fwd, rope_fwd
 
 if TYPE_CHECKING:
     from .ops.block_norm import Norm
@@ -120,3 +121,22 @@ def lora_glu_bwd(
 def lora_residual(y: Tensor, term: "LowRank", residual: Tensor, out: Tensor) -> None:
     """out = residual + (y + x b^T), both sums in fp32, the inner one rounded to y's dtype."""
     out.copy_(residual.float() + _plus(y, term).float())
+
+
+def lora_rope(
+    y: Tensor, term: "LowRank | None", cos: Tensor, sin: Tensor, heads: Sequence[int], separate: bool
+) -> None:
+    """y + x b^T, the sum in fp32 and rounded to y's dtype; then `rope_fwd` of its heads of q and k, in place."""
+    dim = cos.shape[-1]
+    for i, part in enumerate(y.split([n * dim for n in heads], dim=-1)):
+        if term is not None and part.shape[1]:
+            first = dim * sum(heads[:i])
+            own = slice(None)
+            if separate:
+                rank = term.x.shape[1] // 3
+                own = slice(i * rank, (i + 1) * rank)
+            b = term.b[first : first + part.shape[1], own]
+            part.copy_((part.float() + term.x[:, own].float() @ b.float().t()).to(y.dtype))
+        if i < 2 and part.shape[1]:
+            turned = part.view(-1, cos.shape[1], heads[i], dim)
+            rope_fwd(turned, turned[:, :, :0], cos, sin, 2, True, True)

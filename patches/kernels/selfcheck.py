@@ -162,6 +162,16 @@ def _lora_residual(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]
     return results[0], results[1]
 
 
+def _lora_rope(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
+    y, cos, sin = draw(14, 4 * 32).detach(), draw(1, 7, 32).detach(), draw(1, 7, 32).detach()
+    term = LowRank(draw(14, 4).detach(), draw(4 * 32, 4).detach())
+    results = []
+    for module in (implementation_beside("reference_blocks", "lora_rope", y), reference_blocks):
+        results.append([y.clone()])
+        module.lora_rope(results[-1][0], term, cos, sin, (2, 1, 1), False)
+    return results[0], results[1]
+
+
 def _copies(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     sources = [draw(7, 100).detach(), draw(4100, 2)[:, :1].detach()]
     targets = [torch.empty(s.shape, dtype=torch.float16, device=s.device) for s in sources]
@@ -184,6 +194,7 @@ KERNELS: dict[str, Check] = {
     "block_norm": _block_norm,
     "lora_glu": _lora_glu,
     "lora_residual": _lora_residual,
+    "lora_rope": _lora_rope,
     "copies": _copies,
     "four_bit": _four_bit,
     "rms_norm": _rms_norm,

@@ -168,6 +168,13 @@ def lora_residual(kernels):
     return lambda: kernels.lora_residual(y, term, residual, y)
 
 
+def lora_rope(kernels):
+    features = (HEADS + 2 * KV_HEADS) * DIM
+    y, tables = bf16(TOKENS, features), [bf16(1, TOKENS, DIM) for _ in range(2)]
+    term = LowRank(bf16(TOKENS, 3 * RANK), bf16(features, 3 * RANK))
+    return lambda: kernels.lora_rope(y, term, *tables, (HEADS, KV_HEADS, KV_HEADS), True)
+
+
 HIDDEN_BYTES, FEED_BYTES = 2 * TOKENS * HIDDEN, 2 * TOKENS * FEED
 HEAD_BYTES, TABLE_BYTES = 2 * TOKENS * (HEADS + KV_HEADS) * DIM, 2 * TOKENS * DIM
 RSTD_BYTES = 4 * TOKENS * (HEADS + KV_HEADS)
@@ -219,6 +226,7 @@ CASES = {
     "lora_glu fwd": ("lora_glu", lora_glu_fwd, 3 * FEED_BYTES),
     "lora_glu bwd": ("lora_glu", lora_glu_bwd, 6 * FEED_BYTES),
     "lora_residual": ("lora_residual", lora_residual, 3 * HIDDEN_BYTES),
+    "lora_rope": ("lora_rope", lora_rope, 2 * (HEAD_BYTES + 2 * TOKENS * KV_HEADS * DIM) + TABLE_BYTES),
     "activate gelu_tanh fwd": ("activation", activate_fwd, 2 * FEED_BYTES),
     "activate gelu_tanh bwd": ("activation", activate_bwd, 3 * FEED_BYTES),
 }

@@ -42,6 +42,7 @@ def test_kernels_pass_interpreted():
             "four_bit",
             "lora_glu",
             "lora_residual",
+            "lora_rope",
             "copies",
         )
     ]
