@@ -128,7 +128,7 @@ def lora_rope(
 ) -> None:
     """y + x b^T, the sum in fp32 and rounded to y's dtype; then `rope_fwd` of its heads of q and k, in place."""
     dim = cos.shape[-1]
-    for i, part in enumerate(y.split([n * dim for n in heads], dim=-1)):
+    for i, part in enumerate(torch.split(y, [n * dim for n in heads], dim=-1)):
         if term is not None and part.shape[1]:
             first = dim * sum(heads[:i])
             own = slice(None)
