@@ -25,7 +25,8 @@ def _no_ranks_are_left():
 @pytest.fixture(scope="session")
 def vllm_python():
     if not is_installed():
-        pytest.skip(f"no vLLM in {FOLDER}: `make vllm` installs it")
+        reason = f"no vLLM in {FOLDER}: `make vllm` installs it"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     return PYTHON
 
 

@@ -8,13 +8,10 @@ Lengths are tried where the peaks of those before say that the cap is reached, t
 import argparse
 import gc
 import json
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from .step import GIB, model_of
+from .step import GIB, data_of, model_of, trainer_of
 
 UNIT = 512
 # A length counts as the longest once one this much longer has failed.
@@ -31,41 +28,26 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--results", type=Path, required=True)
     given = options.parse_args()
     given.checkpointing = "unsloth" if given.contender == "unsloth" else "on"
-    given.lengths, given.length = None, 2**18
+    # Two steps, of which the second may keep what the first has measured.
+    given.rows, given.steps, given.lengths, given.length = 1, 2, None, 2**18
     return given
 
 
-def trains(model: Any, length: int) -> tuple[float, float] | None:
+def trains(given: argparse.Namespace, model: Any, length: int) -> tuple[float, float] | None:
     """(GiB at the peak, seconds of the second step) of rows so long; None if memory does not suffice."""
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    ids = torch.randint(10, model.config.vocab_size - 10, (length,), generator=torch.Generator().manual_seed(1))
-    rows = [{"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}] * 2
-    seconds: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.began)
-
-    options = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=2, learning_rate=1e-5,
-        optim="adamw_8bit", bf16=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
-        remove_unused_columns=False, gradient_checkpointing="sloth_plugins" in sys.modules,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )  # fmt: skip
+    given.length = length
+    trainer, clock = trainer_of(given, model, data_of(given, model.config.vocab_size))
     torch.cuda.reset_peak_memory_stats()
     try:
-        Trainer(model=model, args=options, train_dataset=rows, callbacks=[Clock()]).train()
+        trainer.train()
     except torch.OutOfMemoryError:
         found = None
     else:
-        found = torch.cuda.max_memory_allocated() / GIB, seconds[-1]
+        found = torch.cuda.max_memory_allocated() / GIB, clock.seconds[-1]
     # Outside of the handler, whose traceback holds what the step had made.
+    del trainer
     model.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()
@@ -79,7 +61,7 @@ def main() -> None:
     bad: list[int] = []
     length, following = given.first
     for _ in range(given.tries):
-        found = trains(model, length)
+        found = trains(given, model, length)
         if found is None:
             bad.append(length)
         else:
@@ -109,7 +91,7 @@ def next_length(good: dict[int, tuple[float, float]], bad: list[int], cap: float
     slope = max((last - first) / (high - low), 1e-7)
     # A plan that keeps less is less steep; no more than three times as long at once.
     reached = high + max(0.97 * cap - last, 0.03 * cap) / slope
-    return int(min(max(reached, 1.04 * high), 3 * high)) // UNIT * UNIT
+    return max(high + UNIT, int(min(max(reached, 1.04 * high), 3 * high)) // UNIT * UNIT)
 
 
 if __name__ == "__main__":

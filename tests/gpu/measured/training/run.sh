@@ -15,11 +15,11 @@ py=${PY:-python3}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false UNSLOTH_DISABLE_STATISTICS=1
 began=$SECONDS failed=0
 
-step() {  # CONTENDER MODEL [option ...]
+timed() {  # MODULE CONTENDER MODEL [option ...]
   local log flag=""
   log=$(mktemp)
-  [ "$1" = sloth ] && flag=${FLAG:-1}
-  if SLOTH_PLUGINS=$flag timeout "${LIMIT:-150}" "$py" -m training.step "$1" "$models/$2" --results "$results" "${@:3}" >"$log" 2>&1; then
+  [ "$2" = sloth ] && flag=${FLAG:-1}
+  if SLOTH_PLUGINS=$flag timeout "${LIMIT:-150}" "$py" -m "training.$1" "$2" "$models/$3" --results "$results" "${@:4}" >"$log" 2>&1; then
     tail -n 1 "$log"
     grep -h "memory:" "$log" | cut -c1-300
   else
@@ -29,6 +29,8 @@ step() {  # CONTENDER MODEL [option ...]
   fi
   echo "  after $((SECONDS - began)) s"
 }
+
+step() { timed step "$@"; }
 
 make() { "$py" -m training.models "$models" "$@" 2>&1 | grep -E "^made|Error"; }
 
@@ -81,13 +83,7 @@ for group in "$@"; do
     longest)
       make llama-8b
       for cap in 16 24; do
-        for contender in sloth unsloth; do
-          flag=""
-          [ $contender = sloth ] && flag=${FLAG:-1}
-          SLOTH_PLUGINS=$flag timeout "${LIMIT:-150}" "$py" -m training.longest $contender "$models/llama-8b-nf4" \
-            --cap $cap --results "$results" 2>&1 | grep -E "tokens|Error" || failed=1
-          echo "  after $((SECONDS - began)) s"
-        done
+        for contender in sloth unsloth; do timed longest $contender llama-8b-nf4 --cap $cap; done
       done
       ;;
     *) echo "no group $group; see the first lines of $0" >&2; exit 2 ;;

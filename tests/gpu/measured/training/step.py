@@ -88,31 +88,31 @@ def data_of(given: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    given = arguments()
-    model = model_of(given)
+def trainer_of(given: argparse.Namespace, model: Any, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """(the contender's trainer for `given.steps` steps, the callback that waits for each and keeps what it took)."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    seconds: list[float] = []
-    losses: list[float] = []
-    planned: list[float] = []
-
     class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.losses: list[float] = []
+            self.planned: list[float] = []
+
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             torch.cuda.synchronize()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - self.began)
-            if len(seconds) == WARM_UP - 1:
+            self.seconds.append(time.perf_counter() - self.began)
+            if len(self.seconds) == WARM_UP - 1:
                 torch.cuda.reset_peak_memory_stats()
 
         def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
-            planned.append((logs or {}).get("planned_memory_gib", 0.0))
+            self.planned.append((logs or {}).get("planned_memory_gib", 0.0))
             if logs and "loss" in logs:
-                losses.append(round(float(logs["loss"]), 5))
+                self.losses.append(round(float(logs["loss"]), 5))
 
     options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": given.rows, "max_steps": given.steps,
@@ -124,25 +124,35 @@ def main() -> None:
         options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     if given.contender == "liger":
         options["use_liger_kernel"] = True
-    rows = data_of(given, model.config.vocab_size)
-    if given.contender == "trl":
-        from datasets import Dataset
-        from transformers import AutoTokenizer
-        from trl import SFTConfig, SFTTrainer
+    clock = Clock()
+    if given.contender != "trl":
+        return Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows, callbacks=[clock]), clock
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
 
-        del options["remove_unused_columns"]
-        if given.checkpointing == "offload":
-            options["activation_offloading"] = True
-        if given.checkpointing == "selective":
-            options["gradient_checkpointing_kwargs"] |= {"selective": True}
-        table = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
-        trainer: Any = SFTTrainer(
-            model=model, args=SFTConfig(**options, max_length=None), train_dataset=table, callbacks=[Clock()],
-            processing_class=AutoTokenizer.from_pretrained(given.model),
-        )  # fmt: skip
-    else:
-        trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows, callbacks=[Clock()])
+    del options["remove_unused_columns"]
+    if given.checkpointing == "offload":
+        options["activation_offloading"] = True
+    if given.checkpointing == "selective":
+        options["gradient_checkpointing_kwargs"] |= {"selective": True}
+    table = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
+    trainer = SFTTrainer(
+        model=model, args=SFTConfig(**options, max_length=None), train_dataset=table, callbacks=[clock],
+        processing_class=AutoTokenizer.from_pretrained(given.model),
+    )  # fmt: skip
+    return trainer, clock
+
+
+def main() -> None:
+    given = arguments()
+    model = model_of(given)
+    import torch
+
+    rows = data_of(given, model.config.vocab_size)
+    trainer, clock = trainer_of(given, model, rows)
     trainer.train()
+    seconds, losses, planned = clock.seconds, clock.losses, clock.planned
     timed = seconds[WARM_UP:]
     tokens = given.rows * given.length if not given.lengths else None
     sizes = [given.rows * len(row["input_ids"]) for row in rows]
