@@ -40,10 +40,10 @@ for group in "$@"; do
       make llama-8b
       step sloth llama-8b-nf4 --checkpointing off
       step unsloth llama-8b-nf4 --checkpointing off
-      step sloth llama-8b-nf4 --cap 20.77  # what Unsloth has taken without checkpointing
+      step sloth llama-8b-nf4 --cap 21.27  # what Unsloth has reserved without checkpointing, for 20.77 at its peak
       step sloth llama-8b --checkpointing off
       step unsloth llama-8b --checkpointing off
-      step sloth llama-8b-nf4 --cap 6.8  # and by default
+      step sloth llama-8b-nf4 --cap 6.8  # its peak by default
       step unsloth llama-8b-nf4 --checkpointing unsloth
       step liger llama-8b-nf4
       step hf llama-8b-nf4
