@@ -22,14 +22,17 @@ class Option:
     seconds: float
 
 
-def peak(plan: Sequence[Option], after: int) -> int:
+def peak(plan: Sequence[Option], after: int, births: Sequence[int] = ()) -> int:
     """Bytes on the device at the worst moment of a step in which layers run so, in order.
 
     Backwards run from the last layer to the first, so while one runs all before it still keep what they keep. `after`
-    are the bytes that the rest of the model, with the loss, takes when all layers have run forward.
+    are the bytes that the rest of the model, with the loss, takes when all layers have run forward; `births` those of
+    each layer's gradients, if they come with its backward and stay.
     """
     total = worst = 0
-    for option in plan:
+    born = sum(births)
+    for i, option in enumerate(plan):
         total += option.kept
-        worst = max(worst, total + option.work)
+        worst = max(worst, total + option.work + born)
+        born -= births[i] if births else 0
     return max(worst, total + after)

@@ -16,7 +16,9 @@ from .options import Option, peak
 STEPS = 4096
 
 
-def solve(layers: Sequence[Sequence[Option]], budget: int, after: int, host_budget: int = 0) -> list[Option] | None:
+def solve(
+    layers: Sequence[Sequence[Option]], budget: int, after: int, host_budget: int = 0, births: Sequence[int] = ()
+) -> list[Option] | None:
     """One option for each layer, the sum of their seconds least, such that `peak` is at most `budget` bytes.
 
     Those that use the host are taken only for the first layers, as many as its budget allows, and never for the last.
@@ -39,7 +41,7 @@ def solve(layers: Sequence[Sequence[Option]], budget: int, after: int, host_budg
         # The smallest budget that costs no more time.
         least = int(torch.searchsorted(-best, torch.tensor(-seconds, dtype=best.dtype)))
         plan = _late_first(allowed, _taken(allowed, choices, least, step))
-        if peak(plan, after) <= budget:
+        if peak(plan, after, births) <= budget:
             return plan
     return None
 

@@ -47,7 +47,11 @@ class Stack:
         told: Callable[["Stack", Plan], None],
     ) -> None:
         self.modules, self.trained = tuple(modules), tuple(trained)
+        # Bytes of the gradients of each, and of each layer; and of those that the layers of this micro-batch bear.
         self._sizes = [p.nbytes for p in self.trained]
+        sizes = {id(p): p.nbytes for p in self.trained}
+        self._layer_sizes = [sum(sizes.get(id(p), 0) for p in module.parameters()) for module in self.modules]
+        self._births: list[int] = []
         self.memory, self.budget, self.told = memory, budget, told
         # Bytes of host memory that may be used, and who keeps tensors there.
         self.host_budget = 0
@@ -67,18 +71,19 @@ class Stack:
         self._index = {id(module): i for i, module in enumerate(self.modules)}
         self._layers: dict[int, Fused | Foreign] = {}
         self._rates: dict[tuple[Any, ...], Rates] = {}
-        self._plans: dict[tuple[Shape, int], Plan] = {}
+        self._plans: dict[tuple[Shape, int, int], Plan] = {}
         # The micro-batch whose forward measures, and the one that `_rates` and `_after` are of.
         self._learning: Shape | None = None
         self._learned: Shape | None = None
         self._taken_in: Shape | None = None
         # Bytes that the rest of the model and the loss take once the backbone has run, and then the layers' backward;
-        # what is held when each begins beyond what there was when the forward began.
+        # what is held when each begins beyond what there was when the forward began; and the gradients born then.
         self._after = self._work = self._held = self._held_after = self._began = 0
+        self._born_learning: list[int] = []
         # Plans since a micro-batch last came through, and the limit for its next attempt.
         self._tried: deque[tuple[Shape, Plan]] = deque(maxlen=8)
         self._attempt: int | None = None
-        self._learns_on_host = False
+        self._learns_on_host = self._learned_on_host = False
         # How attention has run, of which the graph of each kind was counted.
         self._ways: set[str] = set()
         self._new_ways: list[tuple[str, tuple[Any, ...], LayerMeter]] = []
@@ -130,7 +135,7 @@ class Stack:
 
             def backward_is_done() -> None:
                 self._work = max(0, self.memory.peak() - held)
-                self._learned = shape
+                self._learned, self._learned_on_host = shape, self._learns_on_host
 
             torch.autograd.Variable._execution_engine.queue_callback(backward_is_done)
 
@@ -165,7 +170,8 @@ class Stack:
         while fits.tokens > least + 16:
             half = (fits.tokens + least) // 2
             shape = Shape(half, max(1, self.shape.pairs * half // self.shape.tokens))
-            if peak(tightest(self._options(shape), self.host_budget), self._after_for(shape)) <= left:
+            plan = tightest(self._options(shape), self.host_budget)
+            if peak(plan, self._after_for(shape), self._births) <= left:
                 least = half
             else:
                 fits = shape
@@ -180,9 +186,12 @@ class Stack:
         self.limit = int(self._allowed() * self.share)
         if self._attempt is not None:
             self.limit = min(self.limit, self._attempt)
-        # Gradients that are not there yet come while activations go.
+        # Of the gradients that are not there yet those of layers come while activations go; others come at any time.
         unborn = sum(compress(self._sizes, [p.grad is None for p in self.trained]))
-        return self.limit - self.memory.allocated() - unborn + weights.staying(self._fused())
+        share = unborn / max(1, sum(self._sizes))
+        self._births = [int(share * size) for size in self._layer_sizes]
+        others = unborn - sum(self._births)
+        return self.limit - self.memory.allocated() - others + weights.staying(self._fused())
 
     def _fused(self) -> list[Parts]:
         return [layer.parts for _, layer in sorted(self._layers.items()) if isinstance(layer, Fused)]
@@ -240,12 +249,14 @@ class Stack:
         self.current, self._learning, self.shape = None, None, shape
         if not self._is_known(shape):
             self._learning, self._began = shape, self.memory.allocated()
+            self._left()
+            self._born_learning = self._births
             return
         left = self._left()
         grain = max(1, int(self.limit * GRAIN))
-        key = shape, left // grain * grain
+        key = shape, left // grain * grain, sum(self._births)
         if key not in self._plans:
-            self._plans[key] = self._solve(*key)
+            self._plans[key] = self._solve(*key[:2])
         self.current = self._plans[key]
         self._tried.append((shape, self.current))
         if self.worst is None or self.current.share > self.worst.share:
@@ -287,28 +298,39 @@ class Stack:
     def _is_small(self, shape: Shape) -> bool:
         """Whether everything may be kept by far, so that nothing need be known exactly."""
         plan = [options[0] for options in self._options(shape)]
-        return 2 * peak(plan, self._after_for(shape)) < self._left()
+        left = self._left()
+        return 2 * peak(plan, self._after_for(shape), self._births) < left
 
     def _after_for(self, shape: Shape) -> int:
         assert self._learned is not None, "asked once that is known"
         # With what the rest of the model keeps, which is no layer's.
-        after = self._after + max(0, self._held_after - self._kept_in_learning())
+        after = self._after + max(0, self._held_after - sum(option.kept for option in self._in_learning()))
         return after * shape.tokens // self._learned.tokens
 
-    def _kept_in_learning(self) -> int:
-        """Bytes that the layers kept in the micro-batch that was measured."""
+    def _in_learning(self) -> list[Option]:
+        """What each layer did in the micro-batch that was measured: all but the input was computed again."""
         assert self._learned is not None, "asked once that is known"
-        firsts = self._firsts()
-        # All but the input was computed again; but a layer of upstream's that was measured kept everything.
-        measured = (isinstance(self._layers[i], Foreign) and i in firsts for i in range(len(self.modules)))
-        formulas = self._formulas(self._learned, host=False)
-        return sum(ways[0 if whole else -1].kept for ways, whole in zip(formulas, measured, strict=True))
+        firsts, last = self._firsts(), len(self.modules) - 1
+        options = []
+        for i, ways in enumerate(self._formulas(self._learned, host=self._learned_on_host)):
+            inputs = [way for way in ways if way.policy is Policy.INPUT]
+            # A layer of upstream's that was measured kept everything.
+            whole = isinstance(self._layers[i], Foreign) and i in firsts
+            options.append(ways[0] if whole else inputs[0 if i == last else -1])
+        return options
 
     def _options(self, shape: Shape) -> list[list[Option]]:
         assert self._learned is not None, "asked once that is known"
-        # The worst moment of the backward that was measured, and what the rest of the model holds meanwhile.
-        factor = self._work / max(1, *(ways[-1].work for ways in self._formulas(self._learned, host=False)))
-        rest = max(0, self._held - self._kept_in_learning()) * shape.tokens // self._learned.tokens
+        learned = self._in_learning()
+        # The worst moment of the backward that was measured, which came late if more was born than was given back, ...
+        excess = most = 0
+        for option, born in zip(learned[:0:-1], self._born_learning[:0:-1], strict=True):
+            excess += born - option.kept
+            most = max(most, excess)
+        factor = max(0, self._work - most) / max(1, *(option.work for option in learned))
+        # ... and what the rest of the model holds meanwhile.
+        held = sum(option.kept for option in learned)
+        rest = max(0, self._held - held) * shape.tokens // self._learned.tokens
         ways = self._formulas(shape, host=self.host_budget > 0)
         return [[replace(option, work=int(option.work * factor) + rest) for option in options] for options in ways]
 
@@ -319,6 +341,7 @@ class Stack:
     def _solve(self, shape: Shape, budget: int) -> Plan:
         options, after = self._options(shape), self._after_for(shape)
         keeping = [ways[0] for ways in options]
-        found = keeping if peak(keeping, after) <= budget else solve(options, budget, after, self.host_budget)
+        fits = peak(keeping, after, self._births) <= budget
+        found = keeping if fits else solve(options, budget, after, self.host_budget, self._births)
         plan = tightest(options, self.host_budget) if found is None else found
-        return Plan(plan, shape, peak(plan, after), share_of(plan, options), found is not None)
+        return Plan(plan, shape, peak(plan, after, self._births), share_of(plan, options), found is not None)

@@ -133,6 +133,35 @@ def test_what_was_expected_is_what_is_taken(family, device):
         assert kept == sorted(kept)
 
 
+@pytest.mark.parametrize("tokens", [8, 160])
+def test_gradients_as_large_as_the_model_come_while_activations_go(tokens, device):
+    model = deep(layers=6).base_model.model
+    model.requires_grad_(True)
+    patch(model, "*:checkpointing")
+    rows = max(1, tokens // 40)
+
+    def taken():
+        model.zero_grad()
+        ids = batch(rows, tokens // rows)
+        before = device.allocated()
+        device.reset()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return device.peak() - before, before
+
+    for _ in range(4):
+        taken()
+    (stack,) = backbone._stacks.values()
+    gradients = sum(p.nbytes for p in model.parameters())
+    for kind in ("auto", "min"):
+        stack.budget = Budget(kind)
+        taken()
+        found, before = taken()
+        assert stack.current.share == (0.0 if kind == "auto" else 1.0)
+        # Added to what is kept they would be as much again where tokens are few.
+        assert 0.85 < found / (stack.predicted - before) < 1.02
+    assert (gradients > 0.7 * found) is (tokens == 8)
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_layers_without_a_backward_keep_nothing(late, device):
     config = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [3, 4, 5]} if late else {}

@@ -34,23 +34,24 @@ LAYER = st.builds(
 )
 
 
-def brute_force(layers, budget, after):
+def brute_force(layers, budget, after, births):
     """The least seconds of any plan that fits, without the host."""
     choices = [[option for option in options if not option.on_host] for options in layers]
-    fitting = [plan for plan in itertools.product(*choices) if peak(plan, after) <= budget]
+    fitting = [plan for plan in itertools.product(*choices) if peak(plan, after, births) <= budget]
     return min((sum(option.seconds for option in plan) for plan in fitting), default=None)
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(LAYER, min_size=1, max_size=5), st.integers(0, 600), st.integers(0, 60))
-def test_no_plan_that_fits_is_faster(layers, budget, after):
+@given(st.lists(LAYER, min_size=1, max_size=5), st.integers(0, 600), st.integers(0, 60), st.integers(0, 50))
+def test_no_plan_that_fits_is_faster(layers, budget, after, born):
     """Small numbers of bytes are steps of their own, so the table is exact."""
     assert budget <= STEPS
-    plan, best = solve(layers, budget, after), brute_force(layers, budget, after)
+    births = [born] * len(layers)
+    plan, best = solve(layers, budget, after, births=births), brute_force(layers, budget, after, births)
     if plan is None:
         assert best is None
         return
-    assert peak(plan, after) <= budget
+    assert peak(plan, after, births) <= budget
     assert all(option in options for option, options in zip(plan, layers, strict=True))
     found = sum(option.seconds for option in plan)
     # Among layers that differ, the table does not know which of two orders has the lower peak.
@@ -117,3 +118,12 @@ def test_a_share_counts_what_is_computed_again_and_no_copies():
     for chosen, share in shares.items():
         plan = [options[i] for options, i in zip(layers, chosen, strict=True)]
         assert abs(share_of(plan, layers) - share) < 1e-12
+
+
+def test_gradients_come_while_what_was_kept_goes():
+    plan = [ways(100, 30, 10, 50, 1.0)[0]] * 4
+    # Kept by all and the last layer's work and gradients, or one layer's with those of all four.
+    assert peak(plan, 0) == 400 + 25
+    assert peak(plan, 0, [5] * 4) == 400 + 25 + 5
+    assert peak(plan, 0, [110] * 4) == 100 + 25 + 440
+    assert peak(plan, 200, [5] * 4) == 600

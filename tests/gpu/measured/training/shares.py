@@ -78,7 +78,7 @@ def measured(model: Any, rows: int, length: int) -> dict[str, Any]:
         checkpointed = round(WHOLE * len(options))
         whole = [ways[0 if i >= checkpointed else -1] for i, ways in enumerate(options)]
         assert all(option.policy is Policy.INPUT for option in whole[:checkpointed])
-        budget = peak(whole, after)
+        budget = peak(whole, after, stack._births)
         for name, allowed in (("device", 0), ("with_host", host)):
             stack.host_budget = allowed
             stack._plans.clear()
@@ -86,7 +86,7 @@ def measured(model: Any, rows: int, length: int) -> dict[str, Any]:
         stack.host_budget = 0
         found["share_whole_layers"] = round(share_of(whole, options), 3)
         kept = seconds()
-        taken = stack.memory.allocated() + sum(p.nbytes for p in stack.trained)
+        taken = stack.memory.allocated()
         stack.budget = Budget("bytes", taken + budget)
         torch.cuda.reset_peak_memory_stats()
         planned = seconds()
