@@ -76,7 +76,7 @@ def test_grpo_trains_on_what_it_samples_and_stock_does_not(engine):
     assert patched["base"] == []
     assert patched["adapter"] > 0
     for name in ("vllm_dtype", "vllm_lora_swap"):
-        assert f"trl_vllm:{name}" in log
+        assert f"trl:{name}" in log
 
 
 def test_the_time_of_giving_vllm_the_weights_is_logged(engine):
