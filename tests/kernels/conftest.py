@@ -14,7 +14,7 @@ import pytest
 import torch
 
 # Cases of each test for the interpreter.
-CASES = 6
+CASES = 4
 
 
 def pytest_collection_modifyitems(config, items):
