@@ -47,11 +47,10 @@ class Stack:
         told: Callable[["Stack", Plan], None],
     ) -> None:
         self.modules, self.trained = tuple(modules), tuple(trained)
-        # Bytes of the gradients of each, and of each layer; and of those that the layers of this micro-batch bear.
+        # Bytes of the gradients of each, and of each layer.
         self._sizes = [p.nbytes for p in self.trained]
-        sizes = {id(p): p.nbytes for p in self.trained}
+        sizes = dict(zip(map(id, self.trained), self._sizes, strict=True))
         self._layer_sizes = [sum(sizes.get(id(p), 0) for p in module.parameters()) for module in self.modules]
-        self._births: list[int] = []
         self.memory, self.budget, self.told = memory, budget, told
         # Bytes of host memory that may be used, and who keeps tensors there.
         self.host_budget = 0
@@ -149,7 +148,7 @@ class Stack:
             return self._learns_on_host and not before
         tried = list(self._tried)
         self._tried.clear()
-        if all(plan.options == tightest(self._options(shape), self.host_budget) for shape, plan in tried):
+        if all(plan.options == tightest(self._expected(shape)[0], self.host_budget) for shape, plan in tried):
             return False
         self._attempt = int(factor * (self.predicted if self._attempt is None else self._attempt))
         self.share *= CUT
@@ -165,13 +164,14 @@ class Stack:
         """About how many tokens the tightest plan would fit, at the last micro-batch's length; None if unknown."""
         if self._learned is None or not self._rates:
             return None
-        left = self._left()
+        births, others = self._unborn()
+        left = self._left(others)
         fits, least = self.shape, 0
         while fits.tokens > least + 16:
             half = (fits.tokens + least) // 2
             shape = Shape(half, max(1, self.shape.pairs * half // self.shape.tokens))
-            plan = tightest(self._options(shape), self.host_budget)
-            if peak(plan, self._after_for(shape), self._births) <= left:
+            options, after = self._expected(shape)
+            if peak(tightest(options, self.host_budget), after, births) <= left:
                 least = half
             else:
                 fits = shape
@@ -181,16 +181,21 @@ class Stack:
         own = allowed(self.budget, self.memory)
         return own if self.ceiling is None else min(own, self.ceiling)
 
-    def _left(self) -> int:
-        """Bytes that a plan may take now, weights that stay among them."""
+    def _unborn(self) -> tuple[list[int], int]:
+        """Bytes of gradients that are not there yet: those of each layer, and all others."""
+        unborn = sum(compress(self._sizes, [p.grad is None for p in self.trained]))
+        share = unborn / max(1, sum(self._sizes))
+        births = [int(share * size) for size in self._layer_sizes]
+        return births, unborn - sum(births)
+
+    def _left(self, others: int) -> int:
+        """Bytes that a plan may take now, weights that stay among them.
+
+        Gradients of layers come while activations go; the `others` that are not there yet come at any time.
+        """
         self.limit = int(self._allowed() * self.share)
         if self._attempt is not None:
             self.limit = min(self.limit, self._attempt)
-        # Of the gradients that are not there yet those of layers come while activations go; others come at any time.
-        unborn = sum(compress(self._sizes, [p.grad is None for p in self.trained]))
-        share = unborn / max(1, sum(self._sizes))
-        self._births = [int(share * size) for size in self._layer_sizes]
-        others = unborn - sum(self._births)
         return self.limit - self.memory.allocated() - others + weights.staying(self._fused())
 
     def _fused(self) -> list[Parts]:
@@ -247,16 +252,15 @@ class Stack:
     def _decide(self, shape: Shape) -> None:
         """Set the plan for a micro-batch, or find that there is something to learn first."""
         self.current, self._learning, self.shape = None, None, shape
+        births, others = self._unborn()
         if not self._is_known(shape):
-            self._learning, self._began = shape, self.memory.allocated()
-            self._left()
-            self._born_learning = self._births
+            self._learning, self._began, self._born_learning = shape, self.memory.allocated(), births
             return
-        left = self._left()
+        left = self._left(others)
         grain = max(1, int(self.limit * GRAIN))
-        key = shape, left // grain * grain, sum(self._births)
+        key = shape, left // grain * grain, sum(births)
         if key not in self._plans:
-            self._plans[key] = self._solve(*key[:2])
+            self._plans[key] = self._solve(*key[:2], births)
         self.current = self._plans[key]
         self._tried.append((shape, self.current))
         if self.worst is None or self.current.share > self.worst.share:
@@ -297,15 +301,9 @@ class Stack:
 
     def _is_small(self, shape: Shape) -> bool:
         """Whether everything may be kept by far, so that nothing need be known exactly."""
-        plan = [options[0] for options in self._options(shape)]
-        left = self._left()
-        return 2 * peak(plan, self._after_for(shape), self._births) < left
-
-    def _after_for(self, shape: Shape) -> int:
-        assert self._learned is not None, "asked once that is known"
-        # With what the rest of the model keeps, which is no layer's.
-        after = self._after + max(0, self._held_after - sum(option.kept for option in self._in_learning()))
-        return after * shape.tokens // self._learned.tokens
+        births, others = self._unborn()
+        options, after = self._expected(shape)
+        return 2 * peak([ways[0] for ways in options], after, births) < self._left(others)
 
     def _in_learning(self) -> list[Option]:
         """What each layer did in the micro-batch that was measured: all but the input was computed again."""
@@ -319,29 +317,32 @@ class Stack:
             options.append(ways[0] if whole else inputs[0 if i == last else -1])
         return options
 
-    def _options(self, shape: Shape) -> list[list[Option]]:
+    def _expected(self, shape: Shape) -> tuple[list[list[Option]], int]:
+        """(what each layer may do for a micro-batch, bytes that the rest of the model takes once all have run)."""
         assert self._learned is not None, "asked once that is known"
-        learned = self._in_learning()
+        learned, scale = self._in_learning(), shape.tokens / self._learned.tokens
+        held = sum(option.kept for option in learned)
         # The worst moment of the backward that was measured, which came late if more was born than was given back, ...
         excess = most = 0
         for option, born in zip(learned[:0:-1], self._born_learning[:0:-1], strict=True):
             excess += born - option.kept
             most = max(most, excess)
         factor = max(0, self._work - most) / max(1, *(option.work for option in learned))
-        # ... and what the rest of the model holds meanwhile.
-        held = sum(option.kept for option in learned)
-        rest = max(0, self._held - held) * shape.tokens // self._learned.tokens
+        # ... and what the rest of the model holds meanwhile, and while the loss runs.
+        rest = int(scale * max(0, self._held - held))
+        after = int(scale * (self._after + max(0, self._held_after - held)))
         ways = self._formulas(shape, host=self.host_budget > 0)
-        return [[replace(option, work=int(option.work * factor) + rest) for option in options] for options in ways]
+        ways = [[replace(option, work=int(option.work * factor) + rest) for option in options] for options in ways]
+        return ways, after
 
     def _formulas(self, shape: Shape, *, host: bool) -> list[list[Option]]:
         layers = (self._layers[i] for i in range(len(self.modules)))
         return [layer.options(shape, self._rates[layer.kind], host=host) for layer in layers]
 
-    def _solve(self, shape: Shape, budget: int) -> Plan:
-        options, after = self._options(shape), self._after_for(shape)
+    def _solve(self, shape: Shape, budget: int, births: Sequence[int]) -> Plan:
+        options, after = self._expected(shape)
         keeping = [ways[0] for ways in options]
-        fits = peak(keeping, after, self._births) <= budget
-        found = keeping if fits else solve(options, budget, after, self.host_budget, self._births)
+        fits = peak(keeping, after, births) <= budget
+        found = keeping if fits else solve(options, budget, after, self.host_budget, births)
         plan = tightest(options, self.host_budget) if found is None else found
-        return Plan(plan, shape, peak(plan, after, self._births), share_of(plan, options), found is not None)
+        return Plan(plan, shape, peak(plan, after, births), share_of(plan, options), found is not None)

@@ -73,16 +73,17 @@ def measured(model: Any, rows: int, length: int) -> dict[str, Any]:
     try:
         stack.budget = Budget()
         step()
-        options, after = stack._options(stack.shape), stack._after_for(stack.shape)
+        options, after = stack._expected(stack.shape)
+        births, _ = stack._unborn()
         # Whole layers, the last of them stored, as many as leave that share to be computed again.
         checkpointed = round(WHOLE * len(options))
         whole = [ways[0 if i >= checkpointed else -1] for i, ways in enumerate(options)]
         assert all(option.policy is Policy.INPUT for option in whole[:checkpointed])
-        budget = peak(whole, after, stack._births)
+        budget = peak(whole, after, births)
         for name, allowed in (("device", 0), ("with_host", host)):
             stack.host_budget = allowed
             stack._plans.clear()
-            found[f"share_{name}"] = round(stack._solve(stack.shape, budget).share, 3)
+            found[f"share_{name}"] = round(stack._solve(stack.shape, budget, births).share, 3)
         stack.host_budget = 0
         found["share_whole_layers"] = round(share_of(whole, options), 3)
         kept = seconds()
