@@ -45,11 +45,11 @@ def rotate(parts: Parts, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, made: d
 def _adds_late(run: Run) -> bool:
     """Whether the adapters of q, k and v are added where q and k are rotated, which otherwise their products do."""
     group = run.parts.qkv
-    ranks = [adapter.a.shape[0] for adapter in group.present()]
     # One term for outputs that lie beside each other has to be one piece, or three of a size.
-    is_one = not group.gives_one or len(group.projections) == 1 or (len(ranks) == 3 and len(set(ranks)) == 1)
-    fits = run.parts.qk_norms is None and supports_lora_rope(run.cos, run.sin, run.parts.heads[2])
-    return bool(ranks) and fits and is_one and group.is_narrow
+    fits = group.is_even or (group.r > 0 and not group.gives_one)
+    if not fits or run.parts.qk_norms is not None or not group.is_narrow:
+        return False
+    return supports_lora_rope(run.cos, run.sin, run.parts.heads[2])
 
 
 def _add_and_rotate(run: Run, outputs: list[Tensor], xa: Tensor | None) -> None:

@@ -29,7 +29,10 @@ ROW = 16
 class Group:
     """Projections that share an input, for computing in `dtype`."""
 
-    __slots__ = ("a", "adapters", "b", "cols", "dtype", "has_dropout", "k", "n", "outputs", "projections", "r", "scale")
+    __slots__ = (
+        "a", "adapters", "b", "cols", "dtype", "has_dropout", "is_even", "k", "n", "outputs", "projections", "r",
+        "scale",
+    )  # fmt: skip
     room = 0
     """Columns behind the outputs' gradient for dyb, if the product for the input's takes it from there."""
 
@@ -49,6 +52,8 @@ class Group:
             rank = 0 if adapter is None else adapter.a.shape[0]
             self.cols.append(slice(self.r, self.r + rank))
             self.r += rank
+        # Whether all projections have adapters, of one rank.
+        self.is_even = self.r > 0 and len({cols.stop - cols.start for cols in self.cols}) == 1
         present = self.present()
         self.has_dropout = any(adapter.dropout > 0.0 for adapter in present)
         scales = {adapter.scale for adapter in present}

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import on_device_of
-
-_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+from .rows import TL_DTYPE
 
 
 @triton.jit
@@ -31,5 +30,5 @@ def copy_rows(table: torch.Tensor, blocks: torch.Tensor, source: torch.dtype, ta
     """Copy all pairs; see `ops.copies.Copies`."""
     with on_device_of(table):
         copy_rows_kernel[(blocks.shape[0],)](
-            table, blocks, FROM=_DTYPES[source], TO=_DTYPES[target], BLOCK=block, num_warps=4
+            table, blocks, FROM=TL_DTYPE[source], TO=TL_DTYPE[target], BLOCK=block, num_warps=4
         )

@@ -8,10 +8,9 @@ import triton.language as tl
 
 from .dispatch import on_device_of
 from .four_bit_weight import FourBit, FourBitRows
-from .rows import cdiv, next_power_of_2
+from .rows import TL_DTYPE, cdiv, next_power_of_2
 
 _TILE = 4096
-_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def dequantize(weight: FourBit, out: torch.Tensor) -> None:
             weight.packed, weight.absmax, weight.code, weight.nested_absmax if nested else weight.code,
             weight.nested_code if nested else weight.code, weight.offset if nested else weight.code, out,
             cols, stride, tiles, TILE=tile, UNIT=unit, BLOCKSIZE=weight.blocksize, NESTED=weight.nested_blocksize,
-            DTYPE=_DTYPES[weight.dtype], num_warps=4, enable_fp_fusion=False,
+            DTYPE=TL_DTYPE[weight.dtype], num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -118,5 +117,5 @@ def dequantize_rows(weights: FourBitRows, out: torch.Tensor) -> None:
     with on_device_of(out):
         dequantize_rows_kernel[(weights.rows * tiles,)](
             weights.table, out, cols, tiles, WEIGHTS=len(weights.weights), TILE=tile, BLOCKSIZE=first.blocksize,
-            NESTED=first.nested_blocksize, DTYPE=_DTYPES[first.dtype], num_warps=4, enable_fp_fusion=False,
+            NESTED=first.nested_blocksize, DTYPE=TL_DTYPE[first.dtype], num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

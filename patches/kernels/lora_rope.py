@@ -11,12 +11,11 @@ import triton.language as tl
 
 from .dispatch import on_device_of
 from .low_rank_tiles import TILES, factor_tile, plus_low_rank, rank_tile, term_arguments
-from .rows import cdiv, next_power_of_2
+from .rope import rotated
+from .rows import TL_DTYPE, cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from .ops.lora_glu import LowRank
-
-_TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -56,11 +55,9 @@ def lora_rope_kernel(
         low_sin = tl.load(sin_at, mask=wanted, other=0.0).to(tl.float32)
         high_cos = tl.load(cos_at + HALF, mask=wanted, other=0.0).to(tl.float32)
         high_sin = tl.load(sin_at + HALF, mask=wanted, other=0.0).to(tl.float32)
-        # Each product is rounded on its own, as the separate elementwise ops would leave it.
-        turned_a = (a * low_cos).to(MID).to(tl.float32) - (b * low_sin).to(MID).to(tl.float32)
-        turned_b = (b * high_cos).to(MID).to(tl.float32) + (a * high_sin).to(MID).to(tl.float32)
-        a = tl.where(wanted, turned_a.to(MID).to(tl.float32), a)
-        b = tl.where(wanted, turned_b.to(MID).to(tl.float32), b)
+        turned_a, turned_b = rotated(a, b, low_cos, low_sin, high_cos, high_sin, MID)
+        a = tl.where(wanted, turned_a, a)
+        b = tl.where(wanted, turned_b, b)
         tl.store(at, a.to(element), mask=mask)
         tl.store(at + HALF, b.to(element), mask=mask)
 
@@ -84,7 +81,7 @@ def lora_rope(
             y, x, b, cos, sin, n_rows, seq, sum(heads), q_heads, q_heads + k_heads, y.stride(0), *strides,
             0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), 0 if sin.shape[0] == 1 else sin.stride(0),
             sin.stride(1), HALF=half, BLOCK_HALF=next_power_of_2(half), R=rank, BLOCK_R=rank_tile(rank),
-            SEPARATE=separate, MID=_TL_DTYPE[torch.promote_types(y.dtype, cos.dtype)],
+            SEPARATE=separate, MID=TL_DTYPE[torch.promote_types(y.dtype, cos.dtype)],
             BLOCK_M=block_m, TILES=tiles, STAGES=stages, num_warps=warps,
             # A fused multiply-add would skip the rounding of the first product in fp32.
             enable_fp_fusion=False,

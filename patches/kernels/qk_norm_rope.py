@@ -10,7 +10,8 @@ import triton.language as tl
 
 from .dispatch import multiprocessors, on_device_of
 from .partial_sums import sum_parts
-from .rows import cdiv, next_power_of_2
+from .rope import rotated
+from .rows import TL_DTYPE, cdiv, next_power_of_2
 
 # Elements of one half of the heads that a program holds at a time; fewer where it also sums weight gradients, for which
 # DW_PROGRAMS run on each multiprocessor. Measured on an H200.
@@ -58,11 +59,9 @@ def _norm_and_rotate(
             b = b.to(x.dtype.element_ty).to(tl.float32)
         a = (a * w1).to(NORMED).to(tl.float32)
         b = (b * w2).to(NORMED).to(tl.float32)
-        # Each product is rounded on its own, as the separate elementwise ops would leave it.
-        out1 = (a * cos1).to(MID).to(tl.float32) - (b * sin1).to(MID).to(tl.float32)
-        out2 = (b * cos2).to(MID).to(tl.float32) + (a * sin2).to(MID).to(tl.float32)
-        tl.store(y + heads * y_h + low * y_d, out1.to(MID).to(element), mask=mask)
-        tl.store(y + heads * y_h + (low + HALF) * y_d, out2.to(MID).to(element), mask=mask)
+        out1, out2 = rotated(a, b, cos1, sin1, cos2, sin2, MID)
+        tl.store(y + heads * y_h + low * y_d, out1.to(element), mask=mask)
+        tl.store(y + heads * y_h + (low + HALF) * y_d, out2.to(element), mask=mask)
 
 
 @triton.jit
@@ -197,10 +196,6 @@ def _table_strides(table: torch.Tensor) -> tuple[int, int, int]:
     return 0 if table.shape[0] == 1 else table.stride(0), table.stride(1), table.stride(2)
 
 
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    return getattr(tl, str(dtype).removeprefix("torch."))
-
-
 def _normed_dtype(x: torch.Tensor, weight: torch.Tensor, cast_before_weight: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype) if cast_before_weight else x.dtype
 
@@ -248,7 +243,7 @@ def qk_norm_rope_fwd(
             qv, qo, q_weight.contiguous(), qr, kv, ko, k_weight.contiguous(), kr, cos, sin, seq, q_eps, k_eps, offset,
             *qv.stride(), *qo.stride(), *qr.stride(), *kv.stride(), *ko.stride(), *kr.stride(),
             *_table_strides(cos), *_table_strides(sin),
-            NORMED=_triton_dtype(normed), MID=_triton_dtype(mid), CAST_FIRST=cast_before_weight,
+            NORMED=TL_DTYPE[normed], MID=TL_DTYPE[mid], CAST_FIRST=cast_before_weight,
             **_blocks(dim // 2, q_heads, kv.shape[1], BLOCK),
             # A fused multiply-add would skip the rounding of the first product in fp32.
             enable_fp_fusion=False,
@@ -305,7 +300,7 @@ def qk_norm_rope_bwd(
             *(number for grad, x, dx, _, rstd in sides for t in (grad, x, dx, rstd) for number in t.stride()),
             *_table_strides(cos), *_table_strides(sin),
             Q_DX=dq is not None, Q_DW=dws[0] is not None, K_DX=dk is not None, K_DW=dws[1] is not None, ITERS=iters,
-            NORMED=_triton_dtype(_normed_dtype(q, q_weight, cast_before_weight)), CAST_FIRST=cast_before_weight,
+            NORMED=TL_DTYPE[_normed_dtype(q, q_weight, cast_before_weight)], CAST_FIRST=cast_before_weight,
             **_blocks(dim // 2, heads[0], heads[1], DW_BLOCK if sums else BLOCK),
             enable_fp_fusion=False,
         )  # fmt: skip

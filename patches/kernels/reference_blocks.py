@@ -1,6 +1,7 @@
 """The kernels of decoder blocks in plain torch, with the functions of the Triton modules."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,7 +137,7 @@ def lora_rope(
                 rank = term.x.shape[1] // 3
                 own = slice(i * rank, (i + 1) * rank)
             b = term.b[first : first + part.shape[1], own]
-            part.copy_((part.float() + term.x[:, own].float() @ b.float().t()).to(y.dtype))
+            part.copy_(_plus(part, replace(term, x=term.x[:, own], b=b)))
         if i < 2 and part.shape[1]:
             turned = part.view(-1, cos.shape[1], heads[i], dim)
             rope_fwd(turned, turned[:, :, :0], cos, sin, 2, True, True)

@@ -9,9 +9,18 @@ import triton
 import triton.language as tl
 
 from .dispatch import on_device_of
-from .rows import next_power_of_2
+from .rows import TL_DTYPE, next_power_of_2
 
-_TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+@triton.jit
+def rotated(a, b, cos1, sin1, cos2, sin2, MID: tl.constexpr):
+    """Both halves of heads, turned: a * cos1 - b * sin1 and b * cos2 + a * sin2, all in fp32.
+
+    Each product is rounded to MID on its own, as the separate elementwise ops would leave it, and so are the sums.
+    """
+    low = (a * cos1).to(MID).to(tl.float32) - (b * sin1).to(MID).to(tl.float32)
+    high = (b * cos2).to(MID).to(tl.float32) + (a * sin2).to(MID).to(tl.float32)
+    return low.to(MID).to(tl.float32), high.to(MID).to(tl.float32)
 
 
 @triton.jit
@@ -27,21 +36,16 @@ def _rotate_heads(
         mask = (heads < HEADS) & (low < HALF)
         a = tl.load(src + heads * s_head + low * s_dim, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(src + heads * s_head + high * s_dim, mask=mask, other=0.0).to(tl.float32)
-        # Each product is rounded on its own, as the separate elementwise ops would leave it.
-        a_cos = (a * cos1).to(MID).to(tl.float32)
-        b_cos = (b * cos2).to(MID).to(tl.float32)
         if BACKWARD:
-            out1 = a_cos + (b * sin2).to(MID).to(tl.float32)
-            out2 = b_cos - (a * sin1).to(MID).to(tl.float32)
+            out1, out2 = rotated(a, b, cos1, -sin2, cos2, -sin1, MID)
         else:
-            out1 = a_cos - (b * sin1).to(MID).to(tl.float32)
-            out2 = b_cos + (a * sin2).to(MID).to(tl.float32)
+            out1, out2 = rotated(a, b, cos1, sin1, cos2, sin2, MID)
         element = dst.dtype.element_ty
         if SHARED:
             # Several threads have read each number, which dst may share with src: none may write before all have.
             tl.debug_barrier()
-        tl.store(dst + heads * d_head + low * d_dim, out1.to(MID).to(element), mask=mask)
-        tl.store(dst + heads * d_head + high * d_dim, out2.to(MID).to(element), mask=mask)
+        tl.store(dst + heads * d_head + low * d_dim, out1.to(element), mask=mask)
+        tl.store(dst + heads * d_head + high * d_dim, out2.to(element), mask=mask)
         if TAIL > 0:
             tail = tl.arange(0, BLOCK_TAIL).to(tl.int64)[None, :]
             tail_mask = (heads < HEADS) & (tail < TAIL)
@@ -124,7 +128,7 @@ def _launch(
             0 if sin.shape[0] == 1 else sin.stride(0), sin.stride(1), sin.stride(2),
             Q_HEADS=q_heads, Q_BLOCK=q_block, K_HEADS=k_heads, K_BLOCK=k_block,
             HALF=half, BLOCK_HALF=block_half, TAIL=tail, BLOCK_TAIL=next_power_of_2(max(tail, 1)),
-            MID=_TL_DTYPE[mid], BACKWARD=backward, SHARED=shared, num_warps=warps,
+            MID=TL_DTYPE[mid], BACKWARD=backward, SHARED=shared, num_warps=warps,
             # A fused multiply-add would skip the rounding of the first product in fp32.
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 MAX_DIMS = 3
+TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def cdiv(a: int, b: int) -> int:

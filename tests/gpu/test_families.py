@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from test_fused_blocks import in_fp32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -151,25 +152,6 @@ def distance(found, truth):
     return (wrong / sum(float(grad.norm()) ** 2 for grad in truth.values())) ** 0.5
 
 
-def in_fp32(model, quantised):
-    """The same model, base and adapters, in fp32."""
-    if quantised:
-        import bitsandbytes as bnb
-        from peft.tuners.lora.layer import Linear, LoraLayer
-
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                base = module.get_base_layer()
-                plain = torch.nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-                state = base.weight.quant_state
-                weight = bnb.functional.dequantize_4bit(base.weight.data, state).float()
-                plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-                plain.bias = base.bias
-                module.base_layer = plain
-                module.__class__ = Linear
-    return model.float()
-
-
 @pytest.fixture
 def counted(monkeypatch):
     """How often each fused op ran: a patch that always fell back would pass every comparison."""
@@ -240,7 +222,7 @@ def test_patched_against_stock_and_both_against_fp32(name, quantised, tmp_path, 
         patched[way] = grads, losses(model)
         restart()
         sloth_plugins.revert(model)
-    truth = gradients(in_fp32(model, quantised), exact=True)
+    truth = gradients(in_fp32(model), exact=True)
     del model
     gc.collect()
     torch.cuda.empty_cache()

@@ -49,13 +49,15 @@ def build(family, dtype=torch.bfloat16, quantised=False):
 
 
 def in_fp32(model):
-    """A model of `build` in fp32, with what four bits have left of its weights."""
-    import bitsandbytes as bnb
-
+    """The same model, base and adapters, in fp32, with what four bits have left of its weights."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                dense = torch.nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+            # PEFT's own layer of that kind is no torch.nn.Linear.
+            if isinstance(child, torch.nn.Linear) and getattr(child.weight, "quant_state", None) is not None:
+                bnb = pytest.importorskip("bitsandbytes")
+                dense = torch.nn.Linear(
+                    child.in_features, child.out_features, bias=child.bias is not None, device="meta"
+                )
                 weight = bnb.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
                 dense.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
                 dense.bias = child.bias

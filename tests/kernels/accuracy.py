@@ -15,6 +15,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 Op = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 
+def wide(rows: int, cols: int, dtype: torch.dtype, extra: int = 3) -> torch.Tensor:
+    """A view of unit stride in a row, with other memory between its rows."""
+    return torch.randn(rows, cols + extra).to(dtype)[:, :cols]
+
+
 def assert_accurate(
     name: str, ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, cancelling: float = 0.0
 ) -> None:

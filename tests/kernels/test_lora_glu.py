@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import INTERPRETED, assert_accurate
+from accuracy import INTERPRETED, assert_accurate, wide
 
 from sloth_plugins.patches.kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
 
@@ -26,11 +26,6 @@ CASES = [
     (1, 129, 16, 16, 16),
     (2, 100, 5, 4, 3),
 ]
-
-
-def wide(rows, cols, dtype, extra=3):
-    """A view of unit stride in a row, with other memory between its rows."""
-    return torch.randn(rows, cols + extra).to(dtype)[:, :cols]
 
 
 def term(tokens, features, rank, dtype, transposed=False):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import INTERPRETED, assert_accurate
+from accuracy import INTERPRETED, assert_accurate, wide
 
 from sloth_plugins.patches.kernels.ops.lora_glu import LowRank
 from sloth_plugins.patches.kernels.ops.lora_residual import lora_residual
@@ -11,11 +11,6 @@ pytestmark = pytest.mark.usefixtures("_poisoned")
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 # (tokens, features, rank)
 CASES = [(3, 7, 4), (70, 130, 1), (33, 40, 20), (1, 129, 16), (65, 64, 5)]
-
-
-def wide(rows, cols, dtype, extra=3):
-    """A view of unit stride in a row, with other memory between its rows."""
-    return torch.randn(rows, cols + extra).to(dtype)[:, :cols]
 
 
 WAYS = [(d, d, place) for d in DTYPES for place in ("y", "residual", "new")]

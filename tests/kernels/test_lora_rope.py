@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import INTERPRETED, assert_accurate
+from accuracy import INTERPRETED, assert_accurate, wide
 
 from sloth_plugins.patches.kernels.ops.lora_glu import LowRank
 from sloth_plugins.patches.kernels.ops.lora_rope import lora_rope, supports_lora_rope
@@ -18,11 +18,6 @@ CASES = [
     (1, 17, (1, 1, 1), 64, 20, True),
     (2, 7, (2, 1, 1), 16, 0, False),
 ]
-
-
-def wide(rows, cols, dtype, extra=3):
-    """A view of unit stride in a row, with other memory between its rows."""
-    return torch.randn(rows, cols + extra).to(dtype)[:, :cols]
 
 
 def term_of(n_rows, heads, dim, rank, separate, dtype):
