@@ -14,6 +14,7 @@ import torch
 
 from ..kernels.notices import say_once
 from ..kernels.ownership import saving_is_plain
+from . import full_masks
 from .budget import Budget, from_environment, host_bytes
 from .layers import Shape
 from .memory import Cuda, Memory
@@ -173,6 +174,8 @@ def backbone(original: Forward) -> Forward:
         if getattr(self, "_is_replica", False):
             # Of nn.DataParallel, which makes them anew for each forward.
             return original(self, *args, **kwargs)
+        if "attention_mask" in kwargs:
+            kwargs["attention_mask"] = full_masks.answering(self, kwargs["attention_mask"])
         shape = _shape_of({**dict(zip(names, args, strict=False)), **kwargs})
         stack = None if shape is None else stack_of(self)
         if stack is None or shape is None:

@@ -1,5 +1,6 @@
 """What memory there is, on a device and for this process."""
 
+import time
 from typing import Protocol
 
 import torch
@@ -8,6 +9,9 @@ from .budget import Budget
 
 # What the allocator cannot use because of how blocks lie, as a share of what it may take.
 FRAGMENTATION = 0.03
+# How long it is taken for granted that other processes have what they had, in seconds: to ask, the host has to wait for
+# the device. What this process has is known without that.
+TRUSTED = 10.0
 
 
 class Memory(Protocol):
@@ -37,6 +41,8 @@ class Cuda:
         # With its workspace, which is torch's memory too, and stays: it is nothing that a micro-batch takes.
         with torch.cuda.device(device):
             torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # torch's
+        # What was free and reserved when that was last asked, and when that was.
+        self._seen, self._asked = (0, 0), 0.0
 
     def total(self) -> int:
         """All that the device has."""
@@ -44,9 +50,12 @@ class Cuda:
 
     def capacity(self) -> int:
         """What this process has reserved and what is free, within the fraction that it was given."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
-        return int((1.0 - FRAGMENTATION) * min(free + self._now("reserved_bytes"), allowed))
+        now, reserved = time.monotonic(), self._now("reserved_bytes")
+        # Where the allocator has taken or given back, somebody waited already.
+        if reserved != self._seen[1] or not self._asked or now > self._asked + TRUSTED:
+            self._seen, self._asked = (torch.cuda.mem_get_info(self.device)[0], reserved), now
+        allowed = self.total() * torch.cuda.get_per_process_memory_fraction(self.device)
+        return int((1.0 - FRAGMENTATION) * min(sum(self._seen), allowed))
 
     def allocated(self) -> int:
         """What torch has handed out now."""

@@ -2,7 +2,8 @@
 
 Trainer asks after every micro-batch whether the loss is finite, and adds the mean of those before where it is not. To
 answer, the host waits for the device, which then has nothing to do while the host clips, steps and zeroes. The same
-choice is made here on the device. The copy of a pinned batch to the device is not waited for either.
+choice is made here on the device. The copy of a pinned batch to the device is not waited for either, and what its mask
+hides is looked at before.
 """
 
 import functools
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .scope import Method, within
+from ..checkpointing import full_masks
+from .scope import Method, replaced, within
 
 _ADD = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__}
 _IS_NOT_FINITE = {torch.isnan, torch.isinf}
@@ -56,6 +58,8 @@ class _Step(torch.Tensor):
 @contextmanager
 def _without_waiting(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     """While a trainer trains: its loop gets losses that it need not wait for, and batches while they are copied."""
+    from accelerate import data_loader
+
     own = vars(trainer).get("training_step")
     original = trainer.training_step
 
@@ -71,7 +75,8 @@ def _without_waiting(trainer: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     # On the instance, where only the loop finds it: who overrides the method and calls super's gets plain tensors.
     trainer.training_step = training_step
     try:
-        with _copies(trainer):
+        send = full_masks.looking(data_loader.send_to_device)
+        with _copies(trainer), replaced(data_loader, {"send_to_device": send}):
             yield
     finally:
         if own is None:
