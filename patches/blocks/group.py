@@ -185,28 +185,35 @@ class Group:
         xa: Tensor | None,
         seeds: Sequence[int],
         needs: Sequence[bool],
+        *,
+        da: Tensor | None = None,
+        dbs: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor | None]:
-        """Gradients of `parameters()`, None where `needs` says so."""
+        """Gradients of `parameters()`, None where `needs` says so.
+
+        Those that somebody has summed already are not computed: `da` of all A [r, k], `dbs` of the B [n, r].
+        """
         grads: list[Tensor | None] = []
         if dyb is None or xa is None or not any(needs):
             return [None] * len(needs)
         wanted = iter(needs)
         together: dict[torch.dtype, Tensor] = {}
-        for adapter, cols, dy, seed in zip(self.adapters, self.cols, dys, seeds, strict=True):
+        summed = [None] * len(self.adapters) if dbs is None else dbs
+        for adapter, cols, dy, seed, db in zip(self.adapters, self.cols, dys, seeds, summed, strict=True):
             if adapter is None:
                 continue
-            da = db = None
+            of_a = of_b = None
             dtype = adapter.a.dtype
             if next(wanted):
                 if adapter.dropout > 0.0:
-                    da = _product_over_rows(dyb[:, cols], dropped(x, adapter.dropout, seed), dtype)
+                    of_a = _product_over_rows(dyb[:, cols], dropped(x, adapter.dropout, seed), dtype)
                 else:
                     if dtype not in together:
-                        together[dtype] = _product_over_rows(dyb, x, dtype)
-                    da = together[dtype][cols]
+                        together[dtype] = _product_over_rows(dyb, x, dtype) if da is None else da.to(dtype)
+                    of_a = together[dtype][cols]
             if next(wanted):
-                db = _product_over_rows(dy, xa[:, cols], adapter.b.dtype)
-            grads += (da, db)
+                of_b = _product_over_rows(dy, xa[:, cols], adapter.b.dtype) if db is None else db.to(adapter.b.dtype)
+            grads += (of_a, of_b)
         return grads
 
 

@@ -115,9 +115,12 @@ class JointGroup(Group):
         xa: Tensor | None,
         seeds: Sequence[int],
         needs: Sequence[bool],
+        *,
+        da: Tensor | None = None,
+        dbs: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor | None]:
         """As a `Group`'s."""
-        return super().adapter_grads(self._split(dys[0]), dyb, x, xa, seeds, needs)
+        return super().adapter_grads(self._split(dys[0]), dyb, x, xa, seeds, needs, da=da, dbs=dbs)
 
     def _split(self, dy: Tensor) -> list[Tensor]:
         """The columns of each projection."""

@@ -7,7 +7,7 @@ import torch
 from ..kernels.once import differentiable_once
 from ..kernels.ops.block_norm import norm_rows_backward
 from ..kernels.ops.common import kernels_for
-from ..kernels.ops.lora_glu import LowRank, lora_glu, lora_glu_backward
+from ..kernels.ops.lora_glu import LowRank, Sums, lora_glu, lora_glu_backward
 from ..kernels.ownership import exclusively_owned, graph_is_kept
 from . import attention_block
 from .edges import enter, leave, leave_backward
@@ -54,17 +54,36 @@ def _activate(run: Run, made: dict[str, Any]) -> Tensor:
 
 
 def _activate_backward(
-    run: Run, made: dict[str, Any], dhidden: Tensor, term: LowRank | None, overwrite: bool
-) -> list[Tensor]:
-    """Gradients of gate and up for dhidden + term, in their memory if `overwrite`; dhidden becomes act(gate) * up."""
+    run: Run,
+    made: dict[str, Any],
+    dhidden: Tensor,
+    term: LowRank | None,
+    *,
+    overwrite: bool,
+    sum_up: bool,
+    sum_down: bool,
+) -> tuple[list[Tensor], Sums]:
+    """(gradients of gate and up for dhidden + term, in their memory if `overwrite`; gradients of b on the way).
+
+    Without `sum_down` dhidden becomes act(gate) * up.
+    """
     outputs: list[Tensor] = made["outputs"]
     grads = outputs if overwrite else [torch.empty_like(t) for t in outputs]
+    sums: Sums = None, None, None
     if run.parts.is_gated:
-        pairs = *gate_and_up(run.parts, outputs), *gate_and_up(run.parts, grads)
-        lora_glu_backward(dhidden, term, *pairs, run.parts.activation, *_terms(run, made))
+        args = *gate_and_up(run.parts, outputs), *gate_and_up(run.parts, grads), run.parts.activation
+        sums = lora_glu_backward(dhidden, term, *args, *_terms(run, made), sum_up=sum_up, sum_down=sum_down)
     else:
         kernels_for("activation", dhidden).activate_bwd(dhidden, outputs[0], grads[0], run.parts.activation, True)
-    return grads
+    return grads, sums
+
+
+def _grads_of_b(run: Run, sums: Sums) -> list[Tensor | None] | None:
+    """Of each projection of gate and up, as far as the activation summed them."""
+    if len(run.parts.up.projections) == 2:
+        return list(sums[:2])
+    found = [t for t in sums[:2] if t is not None]
+    return [torch.cat(found)] if found else None
 
 
 def _up(run: Run, mid: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +130,12 @@ def backward(
     dhidden = parts.down.input_grad([dout], dyb, run.seeds["down"], with_adapters=not adds_late)
     a = parts.down.a
     term = LowRank(dyb, a.t()) if adds_late and dyb is not None and a is not None else None
-    dups = _activate_backward(run, made, dhidden, term, overwrite)
-    grads_down = parts.down.adapter_grads([dout], dyb, dhidden, made["xa_down"], run.seeds["down"], needs[n_needs:])
+    # A and B of each projection in turn.
+    sum_up, sum_down = any(needs[1:n_needs:2]), term is not None and needs[n_needs]
+    dups, sums = _activate_backward(run, made, dhidden, term, overwrite=overwrite, sum_up=sum_up, sum_down=sum_down)
+    grads_down = parts.down.adapter_grads(
+        [dout], dyb, dhidden, made["xa_down"], run.seeds["down"], needs[n_needs:], da=sums[2]
+    )
     del dhidden, dout
     dyb = parts.up.low_rank_grad(dups)
     dn = parts.up.input_grad(dups, dyb, run.seeds["up"])
@@ -124,7 +147,9 @@ def backward(
         dx=None if dx is None else rows(dx), residual_grad=None if parts.is_parallel else grad,
         restore=any(needs[:n_needs]),
     )  # fmt: skip
-    grads_up = parts.up.adapter_grads(dups, dyb, dn, made["xa"], run.seeds["up"], needs[:n_needs])
+    grads_up = parts.up.adapter_grads(
+        dups, dyb, dn, made["xa"], run.seeds["up"], needs[:n_needs], dbs=_grads_of_b(run, sums)
+    )
     return dx, grads_up + grads_down
 
 

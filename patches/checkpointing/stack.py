@@ -160,22 +160,25 @@ class Stack:
         self._attempt = None
         self.share = min(1.0, self.share * GROWTH)
 
-    def largest(self) -> int | None:
-        """About how many tokens the tightest plan would fit, at the last micro-batch's length; None if unknown."""
+    def largest(self, below: int | None = None) -> int | None:
+        """About how many tokens the tightest plan would fit, at the last micro-batch's length; None if unknown.
+
+        Fewer than `below`, or than that micro-batch had.
+        """
         if self._learned is None or not self._rates:
             return None
         births, others = self._unborn()
         left = self._left(others)
-        fits, least = self.shape, 0
-        while fits.tokens > least + 16:
-            half = (fits.tokens + least) // 2
+        fits, too_many = 0, self.shape.tokens if below is None else below
+        while too_many > fits + 16:
+            half = (too_many + fits) // 2
             shape = Shape(half, max(1, self.shape.pairs * half // self.shape.tokens))
             options, after = self._expected(shape)
             if peak(tightest(options, self.host_budget), after, births) <= left:
-                least = half
+                fits = half
             else:
-                fits = shape
-        return least
+                too_many = half
+        return fits
 
     def _allowed(self) -> int:
         own = allowed(self.budget, self.memory)

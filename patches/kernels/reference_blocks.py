@@ -10,7 +10,7 @@ from .reference import glu_bwd, glu_fwd, rope_fwd
 
 if TYPE_CHECKING:
     from .ops.block_norm import Norm
-    from .ops.lora_glu import LowRank
+    from .ops.lora_glu import LowRank, Sums
 
 Tensor = torch.Tensor
 
@@ -110,13 +110,22 @@ def lora_glu_bwd(
     activation: str,
     gate_term: "LowRank | None",
     up_term: "LowRank | None",
-) -> None:
-    """`glu_bwd` of gate + x b^T and up + x b^T for dy + x b^T; dy becomes the output."""
+    sum_up: bool,
+    sum_down: bool,
+) -> "Sums":
+    """`glu_bwd` of gate + x b^T and up + x b^T for dy + x b^T; dy becomes the output.
+
+    The sums are dgate^T x and dup^T x with the terms of gate and up, and x^T y with the one of dy.
+    """
     gate, up = _plus(gate, gate_term), _plus(up, up_term)
     # Before the gradients are written, which may be into gate and up.
     y = glu_fwd(gate, up, activation)
     glu_bwd(_plus(dy, dy_term), gate, up, dgate, dup, activation)
     dy.copy_(y)
+    pairs = (dgate, gate_term if sum_up else None), (dup, up_term if sum_up else None)
+    of_gate, of_up = (None if term is None else grad.float().t() @ term.x.float() for grad, term in pairs)
+    of_down = dy_term.x.float().t() @ y.float() if sum_down and dy_term is not None else None
+    return of_gate, of_up, of_down
 
 
 def lora_residual(y: Tensor, term: "LowRank", residual: Tensor, out: Tensor) -> None:

@@ -146,8 +146,10 @@ def _lora_glu(draw: Callable[..., torch.Tensor]) -> tuple[Tensors, Tensors]:
     ):
         y, grad, dgate, dup = torch.empty_like(gate), dy.clone(), gate.clone(), up.clone()
         module.lora_glu_fwd(dgate, dup, terms[0], terms[1], "silu", y)
-        module.lora_glu_bwd(grad, terms[2], dgate, dup, dgate, dup, "silu", terms[0], terms[1])
-        results.append([y, grad, dgate, dup])
+        args = dgate, dup, dgate, dup, "silu", *terms[:2]
+        sums = module.lora_glu_bwd(grad, terms[2], *args, True, False)
+        results.append([y, *(t.clone() for t in (grad, dgate, dup)), *sums[:2]])
+        results[-1].append(module.lora_glu_bwd(grad, terms[2], *args, False, True)[2])
     return results[0], results[1]
 
 

@@ -59,7 +59,8 @@ def test_values_and_gradients(case, dtype, activation, in_place):
     lora_glu(gate, up, gate_term, up_term, activation, y)
     dgate, dup = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
     grad = dy.clone()
-    lora_glu_backward(grad, dy_term, gate, up, dgate, dup, activation, gate_term, up_term)
+    sums = lora_glu_backward(grad, dy_term, gate, up, dgate, dup, activation, gate_term, up_term)
+    assert sums == (None, None, None)
     # numpy's products of tiles differ in the last bit between shapes of tiles.
     assert INTERPRETED or torch.equal(grad, y)
     for name, found, own, truth in zip(
@@ -74,3 +75,34 @@ def test_what_lies_between_rows_is_not_touched():
     gate.copy_(torch.randn(4, 6))
     lora_glu_backward(dy, None, gate, up, gate, up, "silu", term(4, 6, 2, torch.float32))
     assert (memory[:, 6:] == 7.0).all()
+
+
+# Rows enough for several programs, and for their sums to be added.
+SUMMED = [(3, 7, 4, 4, 4), (5, 70, 1, 0, 3), (33, 40, 0, 20, 0), (300, 33, 5, 4, 3), (1, 129, 16, 16, 16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SUMMED, ids=str)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_of_the_factors_on_the_way(case, dtype, wanted):
+    tokens, features, *ranks = case
+    gate, up, dy = (wide(tokens, features, dtype) for _ in range(3))
+    gate_term, up_term = (term(tokens, features, rank, dtype) for rank in ranks[:2])
+    dy_term = term(tokens, features, ranks[2], dtype, transposed=True)
+    args = gate, up, torch.empty_like(gate), torch.empty_like(up), "silu", gate_term, up_term
+    y = dy.clone()
+    lora_glu_backward(y, dy_term, *args)
+    dgate, dup = (t.clone() for t in args[2:4])
+    grad = dy.clone()
+    sums = lora_glu_backward(grad, dy_term, *args, sum_up=wanted[0], sum_down=wanted[1])
+    assert torch.equal(args[2], dgate)
+    assert torch.equal(args[3], dup)
+    assert wanted[1] or torch.equal(grad, y)
+    terms = (gate_term if wanted[0] else None, up_term if wanted[0] else None, dy_term if wanted[1] else None)
+    for name, found, given, other in zip(("gate", "up", "down"), sums, terms, (dgate, dup, y), strict=True):
+        if given is None:
+            assert found is None
+            continue
+        truth, own = (other.to(kind).t() @ given.x.to(kind) for kind in (torch.float64, torch.float32))
+        assert found.dtype is torch.float32
+        assert_accurate(name, found.t() if name == "down" else found, own, truth)

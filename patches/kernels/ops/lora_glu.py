@@ -20,6 +20,10 @@ class LowRank:
     b: torch.Tensor
 
 
+Sums = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""Gradients in fp32 of b of gate and of up, [N, r], and of b^T of down, [r, N]."""
+
+
 def _kernels(x: torch.Tensor) -> Any:
     return implementation_beside("reference_blocks", "lora_glu", x)
 
@@ -49,10 +53,17 @@ def lora_glu_backward(
     activation: str,
     gate_term: LowRank | None = None,
     up_term: LowRank | None = None,
-) -> None:
+    *,
+    sum_up: bool = False,
+    sum_down: bool = False,
+) -> Sums:
     """Write the gradients of gate and up for that of the output, dy + dy_term; dy then becomes the output itself.
 
     gate, up and their terms are what `lora_glu` got; reading its sums would cost as much memory and more time to write
-    them. dgate and dup may be gate and up.
+    them. dgate and dup may be gate and up. Gradients of the terms' b are summed on the way where that is asked for:
+    `sum_up` those of gate and up, `sum_down` the one of dy_term, which is all that takes the output, so dy is lost.
     """
-    _kernels(gate).lora_glu_bwd(dy, dy_term, gate, up, dgate, dup, known(activation), gate_term, up_term)
+    sums: Sums = _kernels(gate).lora_glu_bwd(
+        dy, dy_term, gate, up, dgate, dup, known(activation), gate_term, up_term, sum_up, sum_down
+    )
+    return sums

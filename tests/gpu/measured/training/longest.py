@@ -2,7 +2,8 @@
 
     SLOTH_PLUGINS=1 python -m training.longest sloth MODELS/llama-8b-nf4 --cap 16 --results longest.jsonl
 
-Lengths are tried where the peaks of those before say that the cap is reached, then nearer to it, in one process.
+Lengths are tried where the contender expects that, or the peaks of those before say that the cap is reached, then
+nearer to it, in one process.
 """
 
 import argparse
@@ -70,7 +71,10 @@ def main() -> None:
         longest = max(good, default=UNIT)
         if bad and min(bad) <= NEAR * longest:
             break
-        length = following if len(good) < 2 and not bad else next_length(good, bad, given.cap)
+        if not bad and good and (expected := expected_by(model)) > NEAR * longest:
+            length = expected // UNIT * UNIT
+        else:
+            length = following if len(good) < 2 and not bad else next_length(good, bad, given.cap)
     longest = max(good)
     record = {
         "contender": given.contender, "model": given.model.name, "cap": given.cap, "longest": longest,
@@ -79,6 +83,15 @@ def main() -> None:
     with given.results.open("a") as lines:
         lines.write(json.dumps(record) + "\n")
     print(record, flush=True)
+
+
+def expected_by(model: Any) -> int:
+    """What the contender itself expects to be the longest; 0 if it does not say."""
+    try:
+        from sloth_plugins.patches.checkpointing.backbone import stacks_of
+    except ImportError:
+        return 0
+    return max((stack.largest(2**20) or 0 for stack in stacks_of(model)), default=0)
 
 
 def next_length(good: dict[int, tuple[float, float]], bad: list[int], cap: float) -> int:

@@ -3,8 +3,9 @@
     python -m training.shares MODELS/llama-8b-nf4 --results shares.jsonl
 
 For each shape one step is measured with every layer checkpointed; plans are then made with those seconds and bytes, and
-the one for the budget is run: its seconds beyond those of keeping everything, as a share of what checkpointing costs,
-and its peak.
+the one for the budget is run: its seconds beyond those of keeping everything, and its peak. Shares are of the seconds
+that whole layers take again, as torch's checkpointing has it: with the last product of each, which a fused layer does
+not compute again.
 """
 
 import argparse
@@ -80,27 +81,49 @@ def measured(model: Any, rows: int, length: int) -> dict[str, Any]:
         whole = [ways[0 if i >= checkpointed else -1] for i, ways in enumerate(options)]
         assert all(option.policy is Policy.INPUT for option in whole[:checkpointed])
         budget = peak(whole, after, births)
+        own = sum(max(option.seconds for option in ways if not option.on_host) for ways in options)
+        rest = last_products(stack)
+        of_whole = own / (own + rest)
         for name, allowed in (("device", 0), ("with_host", host)):
             stack.host_budget = allowed
             stack._plans.clear()
-            found[f"share_{name}"] = round(stack._solve(stack.shape, budget, births).share, 3)
+            found[f"share_{name}"] = round(of_whole * stack._solve(stack.shape, budget, births).share, 3)
         stack.host_budget = 0
-        found["share_whole_layers"] = round(share_of(whole, options), 3)
+        found["share_whole_layers"] = round(checkpointed / len(options), 3)
+        found["share_same_layers"] = round(of_whole * share_of(whole, options), 3)
         kept = seconds()
         taken = stack.memory.allocated()
         stack.budget = Budget("bytes", taken + budget)
         torch.cuda.reset_peak_memory_stats()
         planned = seconds()
-        found |= {"share_planned": round(stack.current.share, 3), "budget_gib": round((taken + budget) / GIB, 2)}
+        found["share_planned"] = round(of_whole * stack.current.share, 3)
+        found["budget_gib"] = round((taken + budget) / GIB, 2)
         found |= {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2), "planned_ms": round(1e3 * planned, 1)}
         stack.budget = Budget("min")
         again = seconds()
         found |= {"kept_ms": round(1e3 * kept, 1), "again_ms": round(1e3 * again, 1)}
-        found["share_measured"] = round((planned - kept) / (again - kept), 3)
+        found["share_measured"] = round((planned - kept) / (again - kept + rest), 3)
     finally:
         stack.host_budget, stack.budget = host, Budget()
         stack.at_rest()
     return found
+
+
+def last_products(stack: Any) -> float:
+    """Seconds of the products at the end of all layers."""
+    import torch
+
+    parts = [stack._layers[i].parts for i in range(len(stack.modules))]
+    group = parts[0].down
+    x = torch.randn(stack.shape.tokens, group.k, device="cuda", dtype=group.dtype)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):
+        begin.record()
+        for part in parts:
+            part.down.forward(x, None, with_adapters=False)
+        end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 if __name__ == "__main__":
