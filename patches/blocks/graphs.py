@@ -246,6 +246,14 @@ def graph_for(layer: torch.nn.Module, run: Run, x: Tensor, params: Sequence[torc
     return seen.graph
 
 
+def tokens_held(layer: torch.nn.Module) -> int:
+    """The tokens of the micro-batch for which a layer's graph has memory of its own; 0 without one."""
+    seen = _seen.get(layer)
+    if seen is None or seen.graph is None or seen.graph.backward_graph is None:
+        return 0
+    return seen.graph.inputs[0].shape[:2].numel()
+
+
 def drop() -> None:
     """Let go of all graphs, whose memory is free once none waits for its backward."""
     _seen.clear()

@@ -15,13 +15,15 @@ _WORDS = {Policy.KEEP: "kept", Policy.ATTENTION: "recomputed but for the attenti
 class Plan:
     """What each layer does for a micro-batch.
 
-    `peak` are the bytes that it was expected to take at once, and `share` how much of computing all layers again it
-    does, from 0 to 1. A plan that does not fit is the tightest there is.
+    `peak` are the bytes that it was expected to take at once, `after` those of the rest of the model once all layers
+    have run, and `share` how much of computing all layers again it does, from 0 to 1. A plan that does not fit is the
+    tightest there is.
     """
 
     options: list[Option]
     shape: Shape
     peak: int
+    after: int
     share: float
     fits: bool
 

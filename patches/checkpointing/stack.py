@@ -277,7 +277,7 @@ class Stack:
         fitting = shape.tokens, int(weights.SHARE * spare) // grain * grain
         if fitting != self._fitting:
             self._fitting, self.staying = fitting, weights.fit(self._fused(), *fitting)
-        self.predicted = self.limit - left + self.current.peak + self.staying
+        self.predicted = self.limit - left + self._taken(self.current, births) + self.staying
         self.told(self, self.current)
 
     def _is_known(self, shape: Shape) -> bool:
@@ -348,4 +348,13 @@ class Stack:
         fits = peak(keeping, after, births) <= budget
         found = keeping if fits else solve(options, budget, after, self.host_budget, births)
         plan = tightest(options, self.host_budget) if found is None else found
-        return Plan(plan, shape, peak(plan, after, births), share_of(plan, options), found is not None)
+        return Plan(plan, shape, peak(plan, after, births), after, share_of(plan, options), found is not None)
+
+    def _taken(self, plan: Plan, births: Sequence[int]) -> int:
+        """Bytes that a plan takes beyond what is allocated: what graphs keep for its layers is."""
+        held = [Shape(graphs.tokens_held(module), 1).rounded_up().tokens for module in self.modules]
+        if not any(held):
+            return plan.peak
+        pairs = zip(plan.options, held, strict=True)
+        left = [replace(o, kept=0, work=0) if tokens == plan.shape.tokens else o for o, tokens in pairs]
+        return peak(left, plan.after, births)

@@ -105,6 +105,21 @@ def test_gradients_under_any_plan_are_those_of_keep(family, device, runs):
     assert len(runs) == 4 * 8
 
 
+def test_what_graphs_hold_is_not_expected_twice(device, monkeypatch):
+    model = deep()
+    stack = plan(model)
+    whole, current = stack.predicted, stack.current
+    for held, layers in ((160, LAYERS), (80, 0)):
+        monkeypatch.setattr(graphs, "tokens_held", lambda module, held=held: held)
+        step(model)
+        assert stack.current is current
+        spared = current.peak - current.after if layers else 0
+        assert whole - stack.predicted == spared
+    monkeypatch.setattr(graphs, "tokens_held", lambda module: 160 if module is stack.modules[0] else 0)
+    step(model)
+    assert whole - stack.predicted == current.options[0].kept
+
+
 @pytest.mark.parametrize("family", [("llama", "llama"), ("gemma2", "gemma2"), ("phi", "phi")], ids=str)
 def test_what_was_expected_is_what_is_taken(family, device):
     model = deep(family)
