@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 WANTED = 0.80
 # Backwards with trained weights keep their sums in registers, which leaves too few programs to hide all latency. These
-# are asked to take no longer than the kernels that they stand for.
+# are asked to take no longer than the kernels that they stand for. Kernels with low-rank terms have more to compute for
+# a number than a copy leaves time for.
 LESS = {
     "layer_norm bwd, trained": 0.70, "qk_norm_rope bwd, trained weights": 0.50, "lora_rope": 0.70,
     "lora_glu bwd": 0.70, "lora_glu bwd, sums": 0.50,
