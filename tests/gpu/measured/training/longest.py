@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     given = options.parse_args()
     given.checkpointing = "unsloth" if given.contender == "unsloth" else "on"
     # Two steps, of which the second may keep what the first has measured.
-    given.rows, given.steps, given.lengths, given.length = 1, 2, None, 2**18
+    given.rows, given.steps, given.free, given.lengths, given.length = 1, 2, 0, None, 2**18
     return given
 
 

@@ -3,7 +3,8 @@
     SLOTH_PLUGINS=1 python -m training.step sloth MODELS/llama-8b-nf4 --checkpointing on --results steps.jsonl
 
 Contenders: hf (Trainer and PEFT), liger, trl, unsloth, and sloth, which is hf's script with the flag set by whoever
-calls. Every step is waited for, so that times are those of single steps. `--lengths` trains rows of mixed lengths.
+calls. Every step is waited for, so that times are those of single steps; then come `--free` steps that nobody waits for
+or logs, as most of a real run is. `--lengths` trains rows of mixed lengths.
 """
 
 import argparse
@@ -33,13 +34,17 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--length", type=int, default=2048)
     options.add_argument("--lengths", type=int, nargs=2, help="from, to: rows of drawn lengths, one at a time")
     options.add_argument("--steps", type=int, default=12)
+    options.add_argument("--free", type=int, default=8)
     options.add_argument(
         "--checkpointing", default="on",
         help="on, off, or what the contender knows beside: unsloth, unsloth+auto (skips layers), selective, offload",
     )  # fmt: skip
     options.add_argument("--cap", type=float, help="GiB that torch may take")
     options.add_argument("--results", type=Path, required=True)
-    return options.parse_args()
+    given = options.parse_args()
+    # Mixed rows are all trained once.
+    given.free = 0 if given.lengths else given.free
+    return given
 
 
 def model_of(given: argparse.Namespace) -> Any:
@@ -98,16 +103,26 @@ def trainer_of(given: argparse.Namespace, model: Any, rows: list[dict[str, Any]]
             self.seconds: list[float] = []
             self.losses: list[float] = []
             self.planned: list[float] = []
+            self.free_seconds = 0.0
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
-            self.began = time.perf_counter()
+        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step <= given.steps:
+                torch.cuda.synchronize()
+                self.began = time.perf_counter()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+            if state.global_step > given.steps:
+                control.should_log = False
+                return
             torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.began)
             if len(self.seconds) == WARM_UP - 1:
                 torch.cuda.reset_peak_memory_stats()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            if given.free:
+                self.free_seconds = (time.perf_counter() - self.began) / given.free
 
         def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
             self.planned.append((logs or {}).get("planned_memory_gib", 0.0))
@@ -115,8 +130,9 @@ def trainer_of(given: argparse.Namespace, model: Any, rows: list[dict[str, Any]]
                 self.losses.append(round(float(logs["loss"]), 5))
 
     options: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": given.rows, "max_steps": given.steps,
-        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "optim": "adamw_8bit", "bf16": True, "seed": 0,
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": given.rows,
+        "max_steps": given.steps + given.free, "learning_rate": 2e-4, "lr_scheduler_type": "constant",
+        "optim": "adamw_8bit", "bf16": True, "seed": 0,
         "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
         "remove_unused_columns": False,
     }  # fmt: skip
@@ -162,6 +178,7 @@ def main() -> None:
         "memory": os.environ.get("SLOTH_MEMORY", ""), "step_ms": round(1e3 * statistics.median(timed), 1),
         "from_ms": round(1e3 * min(timed), 1), "to_ms": round(1e3 * max(timed), 1),
         "tokens_per_second": round(tokens / statistics.median(timed)) if tokens else round(sum(sizes) / sum(seconds)),
+        "free_ms": round(1e3 * clock.free_seconds, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         "planned_gib": max(planned, default=0.0), "losses": losses,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
@@ -170,7 +187,7 @@ def main() -> None:
     }  # fmt: skip
     with given.results.open("a") as lines:
         lines.write(json.dumps(record) + "\n")
-    shown = ("contender", "model", "checkpointing", "cap", "step_ms", "from_ms", "to_ms", *MEMORY)
+    shown = ("contender", "model", "checkpointing", "cap", "step_ms", "from_ms", "to_ms", "free_ms", *MEMORY)
     print(*(f"{name}={record[name]}" for name in shown), "losses", *losses[:3], "...", losses[-1], flush=True)
 
 
