@@ -6,8 +6,9 @@ MODEL is a folder with a checkpoint and its tokenizer; its weights may be random
 projections, adapters as PEFT makes them (fp32) over the base in bf16. `decode`: tokens per second at prompts of 128
 tokens, of `model.generate`, of `generate_batch` (continuous batching, its blocks counted for the batch) and of
 `fast_generate`'s decoder, with the peak memory beside the model, and of a replayed step which kernels it consists of.
-`grpo`: seconds and peak of a step of 8 prompts x 8 completions x 512 tokens with a reference pass, stock TRL and with
-the patches of rollouts, and how long rollout, log-probabilities, rewards and loss take within it.
+`grpo`: seconds and peak of a step of 8 prompts x 8 completions x 512 tokens with a reference pass, with the patches of
+rollouts, of stock TRL, and of Unsloth without vLLM where it can be imported; and how long rollout, log-probabilities,
+rewards and loss take within it.
 
 Every part runs in a process of its own that is ended after `--limit` seconds; what it has printed by then counts, and
 so does the line that says how it ended. Nothing is started that `--seconds` has no time for.
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--seconds", type=int, default=560)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--contenders", nargs="+", default=["sloth", "stock", "unsloth"], help="of the GRPO step")
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
@@ -47,22 +49,23 @@ def main() -> None:
     end = time.monotonic() + args.seconds
     for part in args.parts:
         for model in args.models:
-            for flag in (FLAG,) if part == "decode" else (FLAG, ""):
-                run(args, part, model, flag, end)
+            for contender in ("sloth",) if part == "decode" else args.contenders:
+                run(args, part, model, contender, end)
 
 
-def run(args, part, model, flag, end) -> None:
+def run(args, part, model, contender, end) -> None:
     left = min(args.limit, int(end - time.monotonic()))
-    which = {"part": part, "model": model.name, **({"sloth": bool(flag)} if part == "grpo" else {})}
+    which = {"part": part, "model": model.name, **({"contender": contender} if part == "grpo" else {})}
     if left < 30:
         say(args, **which, error="no time left")
         return
     options = [f"--{name}={getattr(args, name)}" for name in ("new", "length", "steps", "micro")]
     command = [sys.executable, __file__, str(model), "--child", part, *options]
     command += ["--batches", *map(str, args.batches)] + (["--out", str(args.out)] if args.out else [])
+    command += ["--contenders", contender]
     environment = {name: value for name, value in os.environ.items() if name != "SLOTH_PLUGINS"}
-    if part == "grpo" and flag:
-        environment["SLOTH_PLUGINS"] = flag
+    if part == "grpo" and contender == "sloth":
+        environment["SLOTH_PLUGINS"] = FLAG
     started = time.monotonic()
     try:
         code: int | str = subprocess.run(command, env=environment, timeout=left, check=False).returncode
@@ -290,10 +293,34 @@ def kernels(model, ids):
 # grpo
 
 
+LORA = {"r": 16, "lora_alpha": 32}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def given_to_trainer(args, folder):
+    """The model as a contender's users give it to the trainer, with what belongs to that."""
+    from peft import LoraConfig
+
+    if args.contenders != ["unsloth"]:
+        return {"model": str(folder), "peft_config": LoraConfig(**LORA, target_modules="all-linear")}, {
+            "model_init_kwargs": {"dtype": "bfloat16"}
+        }
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=2 * PROMPT + args.length, dtype=None, load_in_4bit=False, fast_inference=False
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, **LORA, target_modules=LINEAR, use_gradient_checkpointing="unsloth", random_state=0
+    )
+    return {"model": model}, {}
+
+
 def grpo(args) -> None:
+    if args.contenders == ["unsloth"]:
+        import unsloth  # noqa: F401 - first, as it wants
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     from trl.extras import profiling
@@ -333,7 +360,7 @@ def grpo(args) -> None:
             wanted = ("loss", "reward", "kl", "completions/mean_length", "sampling/sampling_logp_difference/mean")
             if logs and "loss" in logs:
                 say(
-                    args, part="grpo", model=folder.name, sloth="SLOTH_PLUGINS" in os.environ, step=state.global_step,
+                    args, part="grpo", model=folder.name, contender=args.contenders[0], step=state.global_step,
                     seconds=round(self.seconds, 3), peak_gib=self.peak, spent=self.spent,
                     **{name: logs[name] for name in wanted if name in logs},
                 )  # fmt: skip
@@ -346,12 +373,13 @@ def grpo(args) -> None:
         tokenizer.decode(torch.randint(10, len(tokenizer) - 10, (PROMPT,), generator=draw)) for _ in range(GROUPS * 8)
     ]
     is_cuda = torch.cuda.is_available()
+    model, more = given_to_trainer(args, folder)
     trainer = GRPOTrainer(
-        model=str(folder),
+        **model,
         reward_funcs=lambda completions, **columns: [float(len(set(text))) for text in completions],
         args=GRPOConfig(
             output_dir=str((args.out or Path("rollouts")).with_suffix("")) + "_trainer",
-            model_init_kwargs={"dtype": "bfloat16"},
+            **more,
             max_steps=args.steps,
             per_device_train_batch_size=args.micro,
             gradient_accumulation_steps=GROUPS * COMPLETIONS // args.micro,
@@ -369,7 +397,6 @@ def grpo(args) -> None:
         ),
         train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         callbacks=[Steps()],
     )
     trainer.train()
