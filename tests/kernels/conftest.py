@@ -14,7 +14,7 @@ import pytest
 import torch
 
 # Cases of each test for the interpreter.
-CASES = 4
+CASES = 3
 
 
 def pytest_collection_modifyitems(config, items):
