@@ -92,7 +92,7 @@ OPERATIONS = (
 # Orders are the runtime's business and not a family's: so many of those of three operations, each beginning, on a model
 # of each kind of binding (classes and a function; norms deferred into the function), of those of two on all others.
 THOROUGHLY = ("llama", "qwen3")
-SHARE, LEAST = 9, 3
+SHARE, LEAST = 9, 1
 
 
 @pytest.mark.parametrize("first", OPERATIONS)
@@ -110,6 +110,8 @@ def test_every_order_of_operations_after_a_patch(architecture, first, tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_long_orders(architecture, seed, tmp_path):
+    if seed > 0 and architecture[1] not in THOROUGHLY:
+        pytest.skip("one long order of each family is enough")
     bench = Bench(architecture, tmp_path)
     for operation in random.Random(seed).choices(OPERATIONS, k=25):
         getattr(bench, operation)()

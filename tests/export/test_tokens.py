@@ -74,8 +74,7 @@ def test_the_lines_hold_what_they_should():
     assert unicodedata.is_normalized("NFC", "".join(PROBE))
 
 
-@pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("name", tiny.BYTE_LEVEL)
+@pytest.mark.parametrize(("name", "bos"), [(name, i % 2 == 0) for i, name in enumerate(tiny.BYTE_LEVEL)])
 def test_byte_level(loaded, name, bos):
     tokenizer = tiny.byte_level(name, bos=bos)
     model = loaded(tokenizer)
