@@ -14,7 +14,7 @@ import pytest
 import torch
 
 # Cases of each test for the interpreter.
-CASES = 3
+CASES = 2
 
 
 def pytest_collection_modifyitems(config, items):
