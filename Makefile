@@ -10,7 +10,7 @@ PY ?= $(abspath $(VENV))/bin/python
 READY := $(if $(filter $(abspath $(VENV))/bin/python,$(PY)),$(VENV)/.ready)
 # Files of tests side by side, and an end where one of the processes dies; not where a GPU is, whose kernels are timed.
 # WORKERS= runs them one by one.
-WORKERS ?= $(if $(wildcard /dev/nvidia0),,-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
+WORKERS ?= $(if $(wildcard /dev/nvidia0),,-n 2 --dist loadfile --max-worker-restart=0)
 PIN ?=
 FRESH ?=
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -q

@@ -1,28 +1,11 @@
 """What several folders of tests share."""
 
 import os
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-
 # The tests choose for themselves; a flag in the shell must not activate the patches in the test process.
 os.environ.pop("SLOTH_PLUGINS", None)
-
-
-# Few tests that take long and wait for processes of their own: all others fill the second core meanwhile.
-FIRST = ("rollouts/", "runtime/test_launch.py", "export/test_gguf_demo.py", "kernels/test_interpreter.py")
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with what would otherwise be left for one of the workers at the end."""
-
-    def place(item):
-        name = item.path.relative_to(HERE).as_posix()
-        return next((i for i, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
-
-    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

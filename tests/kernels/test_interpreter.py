@@ -47,7 +47,7 @@ def test_kernels_pass_interpreted():
         )
     ]
     child = subprocess.run(
-        # Two, as one would leave a core idle wherever nothing else runs beside it.
+        # This comes last, when one process would leave the other core idle.
         [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *map(str, files)],
         # No GPU in sight: the tests' tensors are on the CPU and nothing should be set up for one.
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
