@@ -39,12 +39,15 @@ class _Full(torch.Tensor):
 
 def note(mask: Tensor) -> None:
     """`mask`, which is on a device, consists of ones."""
-    _known[mask] = mask._version
+    # Of a tensor of inference mode nobody knows whether it was written since.
+    if not mask.is_inference():
+        _known[mask] = mask._version
 
 
 def answering(model: Any, mask: Any) -> Any:
     """The same mask, for a call of `model` that asks what it hides; as it is where that is not known."""
-    is_known = type(mask) is Tensor and _known.get(mask) == mask._version
+    version = _known.get(mask) if type(mask) is Tensor else None
+    is_known = version is not None and version == mask._version
     # Other implementations look at it in ways of their own, compiled ones among them.
     by_sdpa = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
     return mask.as_subclass(_Full) if is_known and by_sdpa else mask

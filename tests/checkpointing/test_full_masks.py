@@ -1,7 +1,5 @@
 """Masks of which the host knows that they hide nothing: nobody looks at them on the device; all else is as it was."""
 
-import copy
-
 import pytest
 import torch
 from lora_models import FAMILIES, batch, gradients, lora_model
@@ -58,11 +56,20 @@ def test_nobody_asks_for_what_is_known(name, kind):
 def test_other_attention_gets_a_plain_mask():
     mask = torch.ones(2, 8, dtype=torch.long)
     full_masks.note(mask)
+    model = lora_model("llama", "llama").base_model.model.model
     for implementation, kind in (("sdpa", full_masks._Full), ("eager", torch.Tensor), ("flex_attention", torch.Tensor)):
-        model = copy.deepcopy(lora_model("llama", "llama").base_model.model.model)
         model.config._attn_implementation = implementation
         assert type(full_masks.answering(model, mask)) is kind
     assert full_masks.answering(model, None) is None
+
+
+def test_tensors_of_inference_mode_are_left_alone():
+    model = lora_model("llama", "llama").base_model.model.model
+    with torch.inference_mode():
+        mask = torch.ones(2, 8, dtype=torch.long)
+    assert full_masks.answering(model, mask) is mask
+    full_masks.note(mask)
+    assert full_masks.answering(model, mask) is mask
 
 
 def test_what_it_answers():
