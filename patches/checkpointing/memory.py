@@ -42,7 +42,7 @@ class Cuda:
         with torch.cuda.device(device):
             torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # torch's
         # What was free and reserved when that was last asked, and when that was.
-        self._seen, self._asked = (0, 0), 0.0
+        self._seen, self._asked = (0, 0), float("-inf")
 
     def total(self) -> int:
         """All that the device has."""
@@ -52,7 +52,7 @@ class Cuda:
         """What this process has reserved and what is free, within the fraction that it was given."""
         now, reserved = time.monotonic(), self._now("reserved_bytes")
         # Where the allocator has taken or given back, somebody waited already.
-        if reserved != self._seen[1] or not self._asked or now > self._asked + TRUSTED:
+        if reserved != self._seen[1] or now > self._asked + TRUSTED:
             self._seen, self._asked = (torch.cuda.mem_get_info(self.device)[0], reserved), now
         allowed = self.total() * torch.cuda.get_per_process_memory_fraction(self.device)
         return int((1.0 - FRAGMENTATION) * min(sum(self._seen), allowed))

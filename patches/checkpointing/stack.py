@@ -352,9 +352,9 @@ class Stack:
 
     def _taken(self, plan: Plan, births: Sequence[int]) -> int:
         """Bytes that a plan takes beyond what is allocated: what graphs keep for its layers is."""
-        held = [Shape(graphs.tokens_held(module), 1).rounded_up().tokens for module in self.modules]
+        held = [graphs.tokens_held(module) for module in self.modules]
         if not any(held):
             return plan.peak
-        pairs = zip(plan.options, held, strict=True)
-        left = [replace(o, kept=0, work=0) if tokens == plan.shape.tokens else o for o, tokens in pairs]
+        same = [Shape(tokens, 1).rounded_up().tokens == plan.shape.tokens for tokens in held]
+        left = [replace(o, kept=0, work=0) if is_same else o for o, is_same in zip(plan.options, same, strict=True)]
         return peak(left, plan.after, births)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 PROMPT, NEW = 128, 256
 GROUPS, COMPLETIONS, LENGTH = 8, 8, 512
+LORA = {"r": 16, "lora_alpha": 32}
 FLAG = "1,trl:rollout_decoding,trl:rollout_unpadded"
 
 
@@ -128,7 +129,7 @@ def adapted(folder):
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     torch.manual_seed(0)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+    config = LoraConfig(**LORA, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(model, config).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -293,10 +294,6 @@ def kernels(model, ids):
 # grpo
 
 
-LORA = {"r": 16, "lora_alpha": 32}
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 def given_to_trainer(args, folder):
     """The model as a contender's users give it to the trainer, with what belongs to that."""
     from peft import LoraConfig
@@ -305,13 +302,14 @@ def given_to_trainer(args, folder):
         return {"model": str(folder), "peft_config": LoraConfig(**LORA, target_modules="all-linear")}, {
             "model_init_kwargs": {"dtype": "bfloat16"}
         }
+    from training.step import LORA as EACH
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=2 * PROMPT + args.length, dtype=None, load_in_4bit=False, fast_inference=False
     )
     model = FastLanguageModel.get_peft_model(
-        model, **LORA, target_modules=LINEAR, use_gradient_checkpointing="unsloth", random_state=0
+        model, **LORA, target_modules=EACH["target_modules"], use_gradient_checkpointing="unsloth", random_state=0
     )
     return {"model": model}, {}
 
