@@ -16,10 +16,8 @@ from .low_rank_tiles import (
     columns_of,
     factor_tile,
     plus_low_rank,
-    plus_product,
+    plus_sum_over_rows,
     rank_tile,
-    rows_tile,
-    summed_over_rows,
     term_arguments,
 )
 from .rows import cdiv
@@ -96,12 +94,9 @@ def lora_glu_bwd_kernel(
         gate = tl.load(gate_ptr + rows[:, None] * g_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + rows[:, None] * u_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(at_dy, mask=mask, other=0.0).to(tl.float32)
-        gate_x = rows_tile(gx_ptr, rows, in_rows, gx_row, GATE_R, BLOCK_R)
-        up_x = rows_tile(ux_ptr, rows, in_rows, ux_row, UP_R, BLOCK_R)
-        down_x = rows_tile(dx_ptr, rows, in_rows, dx_row, DOWN_R, BLOCK_R)
-        gate = plus_product(gate, gate_x, gate_b, GATE_R)
-        up = plus_product(up, up_x, up_b, UP_R)
-        dy = plus_product(dy, down_x, down_b, DOWN_R)
+        gate = plus_low_rank(gate, gx_ptr, gate_b, rows, in_rows, gx_row, GATE_R, BLOCK_R)
+        up = plus_low_rank(up, ux_ptr, up_b, rows, in_rows, ux_row, UP_R, BLOCK_R)
+        dy = plus_low_rank(dy, dx_ptr, down_b, rows, in_rows, dx_row, DOWN_R, BLOCK_R)
         factor = act(gate, ACTIVATION).to(element).to(tl.float32)
         dgate = ((dy * up).to(element).to(tl.float32) * act_grad(gate, ACTIVATION)).to(element)
         dup = (dy * factor).to(element)
@@ -110,9 +105,11 @@ def lora_glu_bwd_kernel(
         tl.store(dup_ptr + rows[:, None] * du_row + cols[None, :], dup, mask=mask)
         if not SUM_DOWN:
             tl.store(at_dy, y, mask=mask)
-        gate_sum = summed_over_rows(gate_sum, gate_x, dgate, SUM_UP and GATE_R > 0)
-        up_sum = summed_over_rows(up_sum, up_x, dup, SUM_UP and UP_R > 0)
-        down_sum = summed_over_rows(down_sum, down_x, y, SUM_DOWN)
+        gate_sum = plus_sum_over_rows(
+            gate_sum, gx_ptr, dgate, rows, in_rows, gx_row, GATE_R, BLOCK_R, SUM_UP and GATE_R > 0
+        )
+        up_sum = plus_sum_over_rows(up_sum, ux_ptr, dup, rows, in_rows, ux_row, UP_R, BLOCK_R, SUM_UP and UP_R > 0)
+        down_sum = plus_sum_over_rows(down_sum, dx_ptr, y, rows, in_rows, dx_row, DOWN_R, BLOCK_R, SUM_DOWN)
     rank = tl.arange(0, BLOCK_R)
     # Ranks that are summed, one sum after the other.
     up_at = GATE_R if SUM_UP else 0

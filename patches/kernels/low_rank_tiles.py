@@ -37,36 +37,29 @@ def factor_tile(b_ptr, cols, in_cols, b_n, b_r, R: tl.constexpr, BLOCK_R: tl.con
 
 
 @triton.jit
-def rows_tile(x_ptr, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """x [BLOCK_M, BLOCK_R] for the tile's rows; zeros without a term."""
+def plus_low_rank(y, x_ptr, b, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """y + x b^T for a tile, rounded to the dtype that x has; y [BLOCK_M, BLOCK_N] in fp32."""
     if R > 0:
         rank = tl.arange(0, BLOCK_R)
-        mask = in_rows[:, None] & (rank < R)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row + rank[None, :], mask=mask, other=0.0)
-    else:
-        x = tl.zeros((rows.shape[0], BLOCK_R), x_ptr.dtype.element_ty)
-    return x
-
-
-@triton.jit
-def plus_product(y, x, b, R: tl.constexpr):
-    """y + x b^T for tiles, rounded to the dtype that x has; y [BLOCK_M, BLOCK_N] in fp32."""
-    if R > 0:
+        x_mask = in_rows[:, None] & (rank < R)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_row + rank[None, :], mask=x_mask, other=0.0)
         y = tl.dot(x, b, acc=y, input_precision="ieee").to(x.dtype).to(tl.float32)
     return y
 
 
 @triton.jit
-def plus_low_rank(y, x_ptr, b, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """`plus_product` with the rows of x that belong to the tile."""
-    return plus_product(y, rows_tile(x_ptr, rows, in_rows, x_row, R, BLOCK_R), b, R)
+def plus_sum_over_rows(
+    total, x_ptr, y, rows, in_rows, x_row, R: tl.constexpr, BLOCK_R: tl.constexpr, WANTED: tl.constexpr
+):
+    """total + x^T y for a tile, `total` [BLOCK_R, BLOCK_N] in fp32.
 
-
-@triton.jit
-def summed_over_rows(total, x, y, WANTED: tl.constexpr):
-    """total + x^T y for a tile, `total` [BLOCK_R, BLOCK_N] in fp32."""
+    x is read in this order beside that of `plus_low_rank`: one tile for both products would not be copied ahead.
+    """
     if WANTED:
-        total = tl.dot(tl.trans(x), y, acc=total, input_precision="ieee")
+        rank = tl.arange(0, BLOCK_R)
+        x_mask = (rank < R)[:, None] & in_rows[None, :]
+        x = tl.load(x_ptr + rank[:, None] + rows[None, :] * x_row, mask=x_mask, other=0.0)
+        total = tl.dot(x, y, acc=total, input_precision="ieee")
     return total
 
 
