@@ -36,3 +36,17 @@ def peak(plan: Sequence[Option], after: int, births: Sequence[int] = ()) -> int:
         worst = max(worst, total + option.work + born)
         born -= births[i] if births else 0
     return max(worst, total + after)
+
+
+def stretch(most: int, plan: Sequence[Option], births: Sequence[int]) -> float:
+    """What `work` has to be multiplied by for layers that ran so, of which the worst moment took `most` bytes.
+
+    Those are counted beyond what was held when the backward of all layers began; see `peak` for the rest.
+    """
+    factors = []
+    held = 0
+    for option, born in zip(reversed(plan), reversed(births), strict=True):
+        held += born
+        factors.append(max(0, most - held) / max(1, option.work))
+        held -= option.kept
+    return min(factors)

@@ -23,7 +23,7 @@ from .host import Host
 from .layers import Foreign, Fused, Rates, Shape, checkpointed
 from .memory import Memory, allowed
 from .meters import LayerMeter
-from .options import Option, peak
+from .options import Option, peak, stretch
 from .plan import Plan, share_of
 from .solver import solve, tightest
 
@@ -325,13 +325,8 @@ class Stack:
         assert self._learned is not None, "asked once that is known"
         learned, scale = self._in_learning(), shape.tokens / self._learned.tokens
         held = sum(option.kept for option in learned)
-        # The worst moment of the backward that was measured, which came late if more was born than was given back, ...
-        excess = most = 0
-        for option, born in zip(learned[:0:-1], self._born_learning[:0:-1], strict=True):
-            excess += born - option.kept
-            most = max(most, excess)
-        factor = max(0, self._work - most) / max(1, *(option.work for option in learned))
-        # ... and what the rest of the model holds meanwhile, and while the loss runs.
+        factor = stretch(self._work, learned, self._born_learning)
+        # What the rest of the model holds meanwhile, and while the loss runs.
         rest = int(scale * max(0, self._held - held))
         after = int(scale * (self._after + max(0, self._held_after - held)))
         ways = self._formulas(shape, host=self.host_budget > 0)

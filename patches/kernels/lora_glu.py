@@ -31,7 +31,7 @@ BACKWARD = (32, 4, 4, 3)
 SMALL_SHARED = 2**17
 SMALL_BACKWARD, SMALL_SUMMED = (16, 4, 4, 1), (16, 4, 1)
 # With sums over rows: rows of a tile, warps, how many tiles are on their way, and bytes of B that a program holds.
-SUMMED, SUMMED_FACTOR = (16, 4, 3), 2**11
+SUMMED, SUMMED_FACTOR = (32, 4, 3), 2**11
 # And in how many parts they are summed at most, with so many tiles to a program at least.
 PARTS, SUMMED_TILES = 4, 8
 

@@ -136,7 +136,7 @@ def test_what_was_expected_is_what_is_taken(family, device):
         assert stack.predicted <= budget.value
         # The work of a layer is measured once, when all of it is computed again; what it is where that is kept follows
         # from the kernels, of which torch's references hold more.
-        assert 0.85 < taken / expected < 1.12
+        assert 0.85 < taken / expected < 1.13
         shares.append(stack.current.share)
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.7

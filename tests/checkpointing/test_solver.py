@@ -1,12 +1,14 @@
 """The solver against every plan there is."""
 
 import itertools
+from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sloth_plugins.patches.blocks.policy import Policy
-from sloth_plugins.patches.checkpointing.options import Option, peak
+from sloth_plugins.patches.checkpointing.options import Option, peak, stretch
 from sloth_plugins.patches.checkpointing.plan import share_of
 from sloth_plugins.patches.checkpointing.solver import STEPS, solve, tightest
 
@@ -137,3 +139,18 @@ def test_gradients_come_while_what_was_kept_goes():
     assert peak(plan, 0, [5] * 4) == 400 + 25 + 5
     assert peak(plan, 0, [110] * 4) == 100 + 25 + 440
     assert peak(plan, 200, [5] * 4) == 600
+
+
+CHOSEN = st.lists(st.tuples(LAYER, st.integers(0, 3)), min_size=1, max_size=6)
+
+
+@given(CHOSEN, st.sampled_from([0, 7, 120]), st.floats(0.5, 2.0))
+def test_work_is_known_from_the_worst_moment_of_all_backwards(layers, born, factor):
+    """Whichever layer had it: those whose input waits on the host hold less and need more."""
+    plan = [options[index % len(options)] for options, index in layers]
+    births = [born] * len(layers)
+    real = [replace(option, work=factor * max(1, option.work)) for option in plan]
+    most = peak(real, 0, births) - sum(option.kept for option in plan)
+    found = stretch(most, [replace(option, work=max(1, option.work)) for option in plan], births)
+    again = [replace(option, work=found * max(1, option.work)) for option in plan]
+    assert peak(again, 0, births) == pytest.approx(peak(real, 0, births))

@@ -98,7 +98,8 @@ def next_length(good: dict[int, tuple[float, float]], bad: list[int], cap: float
     """Where the line through the last two peaks meets the cap; between what is known once something has failed."""
     lengths = sorted(good)
     if bad:
-        between = (max(lengths, default=0) + min(bad)) / 2
+        # What failed was expected to be near.
+        between = max((max(lengths, default=0) + min(bad)) / 2, 0.93 * min(bad))
         return int(between) // UNIT * UNIT
     (low, first), (high, last) = ((n, good[n][0]) for n in lengths[-2:])
     slope = max((last - first) / (high - low), 1e-7)
