@@ -257,6 +257,7 @@ class Stack:
         self.current, self._learning, self.shape = None, None, shape
         births, others = self._unborn()
         if not self._is_known(shape):
+            self._learns_on_host = self._learns_on_host or self._is_large(shape)
             self._learning, self._began, self._born_learning = shape, self.memory.allocated(), births
             return
         left = self._left(others)
@@ -298,9 +299,23 @@ class Stack:
                 self._rates[kind] = replace(rates, graph=int(meter.graph / self._new_shape.beyond(rates.of)))
                 self._plans.clear()
         self._new_ways = []
-        if any(layer.kind not in self._rates for layer in self._layers.values()):
+        if not self._is_any_known():
             return False
         return shape.tokens <= STRETCH * self._learned.tokens or self._is_small(shape)
+
+    def _is_any_known(self) -> bool:
+        """Whether all layers are known for some micro-batch."""
+        if self._learned is None or len(self._layers) < len(self.modules):
+            return False
+        return all(layer.kind in self._rates for layer in self._layers.values())
+
+    def _is_large(self, shape: Shape) -> bool:
+        """Whether not even the inputs of all layers are expected to fit on the device."""
+        if self.host_budget == 0 or not self._is_any_known():
+            return False
+        births, others = self._unborn()
+        options, after = self._expected(shape)
+        return peak(tightest(options), after, births) > self._left(others)
 
     def _is_small(self, shape: Shape) -> bool:
         """Whether everything may be kept by far, so that nothing need be known exactly."""

@@ -12,6 +12,9 @@ from sloth_plugins.patches.blocks.policy import Policy, choosing
 from sloth_plugins.patches.checkpointing import backbone
 from sloth_plugins.patches.checkpointing.budget import Budget
 from sloth_plugins.patches.checkpointing.host import Host, Parked
+from sloth_plugins.patches.checkpointing.layers import Shape
+from sloth_plugins.patches.checkpointing.options import peak
+from sloth_plugins.patches.checkpointing.solver import tightest
 
 DIRECT = {"num_key_value_heads": 4, "head_dim": 16}
 
@@ -143,3 +146,26 @@ def test_plans_use_the_host_where_the_device_is_too_small(config, monkeypatch):
     assert stack.host.buffers.bytes <= sum(option.host for option in stack.current.options)
     assert torch.equal(loss, expected[0])
     assert all(torch.equal(found[name], expected[1][name]) for name in found)
+
+
+@pytest.mark.parametrize("share", [1.02, 0.98])
+def test_what_is_too_large_for_the_device_is_measured_with_the_host(share, monkeypatch):
+    """Rather than after it has run out of memory."""
+    memory = Counted()
+    monkeypatch.setattr(backbone, "memory_of", lambda device: memory)
+    monkeypatch.setattr(backbone, "_stacks", type(backbone._stacks)())
+    model = lora_model(changes={**DIRECT, "num_hidden_layers": 6})
+    model.enable_input_require_grads()
+    patch(model, "*:blocks,*:checkpointing")
+    with memory.counting:
+        for _ in range(2):
+            gradients(model, batch(1, 20))
+        (stack,) = backbone._stacks.values()
+        stack.host_budget = 2**30
+        model.zero_grad()
+        births, others = stack._unborn()
+        options, after = stack._expected(Shape(320, 6400))
+        memory.size = memory.allocated() + others + int(share * peak(tightest(options), after, births))
+        gradients(model, batch(16, 20))
+    assert stack.current is None
+    assert (stack.host is not None) is (share < 1.0)

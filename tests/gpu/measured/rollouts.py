@@ -8,7 +8,7 @@ tokens, of `model.generate`, of `generate_batch` (continuous batching, its block
 `fast_generate`'s decoder, with the peak memory beside the model, and of a replayed step which kernels it consists of.
 `grpo`: seconds and peak of a step of 8 prompts x 8 completions x 512 tokens with a reference pass, with the patches of
 rollouts, of stock TRL, and of Unsloth without vLLM where it can be imported; and how long rollout, log-probabilities,
-rewards and loss take within it.
+rewards and loss take within it. SLOTH_MEMORY says what the patched one may take.
 
 Every part runs in a process of its own that is ended after `--limit` seconds; what it has printed by then counts, and
 so does the line that says how it ended. Nothing is started that `--seconds` has no time for.
@@ -67,6 +67,7 @@ def run(args, part, model, contender, end) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "SLOTH_PLUGINS"}
     if part == "grpo" and contender == "sloth":
         environment["SLOTH_PLUGINS"] = FLAG
+        which["memory"] = environment.get("SLOTH_MEMORY", "auto")
     started = time.monotonic()
     try:
         code: int | str = subprocess.run(command, env=environment, timeout=left, check=False).returncode

@@ -26,16 +26,18 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--cap", type=float, required=True, help="GiB that torch may take")
     options.add_argument("--first", type=int, nargs=2, default=[8192, 16384])
     options.add_argument("--tries", type=int, default=7)
+    options.add_argument(
+        "--steps", type=int, default=2, help="of which those after the first may keep what it measured"
+    )
     options.add_argument("--results", type=Path, required=True)
     given = options.parse_args()
     given.checkpointing = "unsloth" if given.contender == "unsloth" else "on"
-    # Two steps, of which the second may keep what the first has measured.
-    given.rows, given.steps, given.free, given.lengths, given.length = 1, 2, 0, None, 2**18
+    given.rows, given.free, given.lengths, given.length = 1, 0, None, 2**20
     return given
 
 
 def trains(given: argparse.Namespace, model: Any, length: int) -> tuple[float, float] | None:
-    """(GiB at the peak, seconds of the second step) of rows so long; None if memory does not suffice."""
+    """(GiB at the peak, seconds of the last step) of rows so long; None if memory does not suffice."""
     import torch
 
     given.length = length
