@@ -2,8 +2,8 @@
 
     SLOTH_PLUGINS=1 python -m training.longest sloth MODELS/llama-8b-nf4 --cap 16 --results longest.jsonl
 
-Lengths are tried where the contender expects that, or the peaks of those before say that the cap is reached, then
-nearer to it, in one process.
+After the first two lengths one is tried where the contender expects the cap to be reached, or the peaks of those before
+say so, then nearer to it, in one process.
 """
 
 import argparse
@@ -73,10 +73,12 @@ def main() -> None:
         longest = max(good, default=UNIT)
         if bad and min(bad) <= NEAR * longest:
             break
-        if not bad and good and (expected := expected_by(model)) > NEAR * longest:
+        if len(good) + len(bad) == 1:
+            length = following
+        elif not bad and (expected := expected_by(model)) > NEAR * longest:
             length = expected // UNIT * UNIT
         else:
-            length = following if len(good) < 2 and not bad else next_length(good, bad, given.cap)
+            length = next_length(good, bad, given.cap)
     longest = max(good)
     record = {
         "contender": given.contender, "model": given.model.name, "cap": given.cap, "longest": longest,
