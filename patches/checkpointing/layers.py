@@ -116,7 +116,7 @@ class Fused:
                 moved, held = sum(sizes), sum(map(buffer_size, sizes))
                 # One layer's is on its way while that of the next is used.
                 cost += _transfer(moved, again)
-                options.append(Option(policy, True, kept - moved, held, work + 2 * moved, cost))
+                options.append(Option(policy, True, kept - moved, held, work, cost, fetched=2 * moved))
         return options
 
 

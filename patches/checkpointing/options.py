@@ -11,7 +11,8 @@ class Option:
     """One way to run one layer.
 
     `kept` are bytes on the device from its forward to its backward, `host` bytes in host memory, `work` bytes on the
-    device while its backward runs, beside what is kept. `seconds` are those that it costs beyond keeping everything.
+    device while its backward runs, beside what is kept, and `fetched` those that come back there from the host for it.
+    `seconds` are those that it costs beyond keeping everything.
     """
 
     policy: Policy
@@ -20,6 +21,7 @@ class Option:
     host: int
     work: int
     seconds: float
+    fetched: int = 0
 
 
 def peak(plan: Sequence[Option], after: int, births: Sequence[int] = ()) -> int:
@@ -33,7 +35,7 @@ def peak(plan: Sequence[Option], after: int, births: Sequence[int] = ()) -> int:
     born = sum(births)
     for i, option in enumerate(plan):
         total += option.kept
-        worst = max(worst, total + option.work + born)
+        worst = max(worst, total + option.work + option.fetched + born)
         born -= births[i] if births else 0
     return max(worst, total + after)
 
@@ -47,6 +49,6 @@ def stretch(most: int, plan: Sequence[Option], births: Sequence[int]) -> float:
     held = 0
     for option, born in zip(reversed(plan), reversed(births), strict=True):
         held += born
-        factors.append(max(0, most - held) / max(1, option.work))
+        factors.append(max(0, most - held - option.fetched) / max(1, option.work))
         held -= option.kept
     return min(factors)

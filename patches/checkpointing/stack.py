@@ -344,9 +344,13 @@ class Stack:
         # What the rest of the model holds meanwhile, and while the loss runs.
         rest = int(scale * max(0, self._held - held))
         after = int(scale * (self._after + max(0, self._held_after - held)))
-        ways = self._formulas(shape, host=self.host_budget > 0)
-        ways = [[replace(option, work=int(option.work * factor) + rest) for option in options] for options in ways]
-        return ways, after
+
+        def scaled(option: Option, same: Option) -> Option:
+            # More tokens take as much more, though part of what was measured may be weights, which do not grow.
+            return replace(option, work=int(factor * max(option.work, scale * same.work)) + rest)
+
+        pairs = (self._formulas(wanted, host=self.host_budget > 0) for wanted in (shape, self._learned))
+        return [list(map(scaled, *pair)) for pair in zip(*pairs, strict=True)], after
 
     def _formulas(self, shape: Shape, *, host: bool) -> list[list[Option]]:
         layers = (self._layers[i] for i in range(len(self.modules)))

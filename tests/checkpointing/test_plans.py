@@ -9,7 +9,9 @@ from sloth_plugins import patch, revert
 from sloth_plugins.patches.blocks import decoder_layer, graphs
 from sloth_plugins.patches.blocks.policy import Policy
 from sloth_plugins.patches.checkpointing import backbone
+from sloth_plugins.patches.checkpointing import bytes as formulas
 from sloth_plugins.patches.checkpointing.budget import Budget
+from sloth_plugins.patches.checkpointing.layers import Shape
 
 LAYERS = 8
 IDS = [kind for _, kind in FAMILIES]
@@ -237,6 +239,21 @@ def test_inference_mode(device):
         expected = model(input_ids=batch(1, 24), position_ids=positions).logits
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=batch(1, 24), position_ids=positions).logits, expected)
+
+
+def test_what_does_not_grow_with_tokens_may_be_no_part_of_the_worst_moment(device, monkeypatch):
+    """Weights that are made for a product, say: without them, more tokens would take less than they do."""
+    work = formulas.work
+    monkeypatch.setattr(formulas, "work", lambda *args: work(*args) + 2**24)
+    model = deep(layers=4)
+    stack = plan(model)
+    learned = stack._expected(Shape(160, 6400))[0]
+    for tokens in (40, 640):
+        for layer, other in zip(learned, stack._expected(Shape(tokens, 6400))[0], strict=True):
+            for option, same in zip(other, layer, strict=True):
+                share = tokens / 160
+                assert option.work >= share * same.work - 8
+                assert tokens < 160 or option.work <= share * same.work + 8
 
 
 def test_plans_are_found_again(device, monkeypatch):

@@ -148,6 +148,7 @@ CHOSEN = st.lists(st.tuples(LAYER, st.integers(0, 3)), min_size=1, max_size=6)
 def test_work_is_known_from_the_worst_moment_of_all_backwards(layers, born, factor):
     """Whichever layer had it: those whose input waits on the host hold less and need more."""
     plan = [options[index % len(options)] for options, index in layers]
+    plan = [replace(option, fetched=2 * option.host) for option in plan]
     births = [born] * len(layers)
     real = [replace(option, work=factor * max(1, option.work)) for option in plan]
     most = peak(real, 0, births) - sum(option.kept for option in plan)
