@@ -55,7 +55,6 @@ def _rollouts(name: str, target: str) -> Iterator[Patch]:
             replaces=(f"{target}.{method} alone",),
             requires=("trl>=1.15",),
             fingerprints=code,
-            default=False,
             summary="completions sampled over a static cache, on a GPU a CUDA graph for each token",
         )
     if name in ("grpo", "rloo"):
@@ -66,7 +65,6 @@ def _rollouts(name: str, target: str) -> Iterator[Patch]:
             replaces=(f"{target}._get_per_token_logps_and_entropies alone",),
             requires=("trl>=1.15",),
             fingerprints=UNPADDED_CODE,
-            default=False,
             summary="log-probabilities of completions without padding, a micro-batch as one row of documents",
         )
 

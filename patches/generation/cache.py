@@ -36,6 +36,15 @@ class Cache:
                 kept.append(ours)
                 setattr(layer, name, None)
 
+    def grow(self, slots: int) -> None:
+        """Have so many slots more; a tensor at a time, each of which is let go of once it is copied."""
+        before, self.capacity = self.capacity, self.capacity + slots
+        for kept in (self.keys, self.values):
+            for i, tensor in enumerate(kept):
+                larger = tensor.new_zeros((self.rows, tensor.shape[1], self.capacity, tensor.shape[3]))
+                larger[:, :, :before] = tensor
+                kept[i] = larger
+
     def keep(self, rows: Tensor) -> None:
         """Leave out all but these rows [n], ascending; in the memory that there is."""
         self.rows = rows.shape[0]

@@ -23,6 +23,8 @@ Steps = dict[torch.nn.Module, LayerStep]
 
 # Steps between two questions whether rows are done, each of which waits for the device.
 PERIOD = 8
+# Slots that the cache has for new tokens at first, and by which it grows: rows may end long before they must.
+ROOM = 1024
 # Steps below which a graph costs more than it saves.
 WORTH = 4
 # Rotary tables that depend on the longest row, about which a forward asks the device.
@@ -100,7 +102,9 @@ class _Decoding:
         self.tokens = ids[:, -1:].clone()
         self.done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         self.seen: Tensor | None = None
-        self.cache = Cache(ids.shape[0], int(self.lengths.max()) + settings.max_new_tokens)
+        # Steps for which the cache has slots.
+        self.room = min(ROOM, settings.max_new_tokens)
+        self.cache = Cache(ids.shape[0], int(self.lengths.max()) + self.room)
         self._prefill(ids, mask)
 
     def _prefill(self, ids: Tensor, mask: Tensor) -> None:
@@ -164,12 +168,16 @@ class _Decoding:
         left = self.settings.max_new_tokens - 1
         period = PERIOD if self.device.type == "cuda" else 1
         while left and self._reduce():
-            with _replaying(self, left) as advance:
+            if not self.room:
+                self.room = min(ROOM, left)
+                self.cache.grow(self.room)
+            with _replaying(self, min(left, self.room)) as advance:
                 size = len(self.rows)
-                while left and self._waiting() * 2 > size:
-                    for _ in range(min(period, left)):
+                while left and self.room and self._waiting() * 2 > size:
+                    for _ in range(min(period, left, self.room)):
                         advance()
                         left -= 1
+                        self.room -= 1
         return self.out[:, : self._made()]
 
     def _waiting(self) -> int:

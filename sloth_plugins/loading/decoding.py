@@ -10,8 +10,10 @@ from typing import Any
 from ..selection import decide
 
 ENTRY = "sloth_plugins.patches.generation.entry"
-# The patch of GRPO's that must be selected for the decoder to run on a GPU, where it is not measured yet.
+# Deselecting this patch of GRPO's deselects the decoder here, too.
 DECODING = ("trl_grpo", "rollout_decoding")
+# Where it is known to be faster.
+DEVICES = ("cpu", "cuda")
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def fast(model: Any) -> Iterator[Callable[..., Any]]:
     from .. import activation, application, patching
 
     selection = activation.selected() or patching.default_selection()
-    if model.device.type != "cpu" and not decide(selection, *DECODING, family="trl", default=False).selected:
+    if model.device.type not in DEVICES or not decide(selection, *DECODING, family="trl").selected:
         yield model.generate
         return
     if any(application.patched_modules(model)):

@@ -6,6 +6,7 @@ import transformers
 from lora_models import FAMILIES, fuse, lora_model
 
 from sloth_plugins import patch, revert
+from sloth_plugins.patches.generation import decoder
 from sloth_plugins.patches.generation.entry import faster
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
@@ -92,6 +93,24 @@ def test_rows_that_end_are_left_out(llama, decoded, batch_sizes):
     assert batch_sizes[0] == 6
     assert batch_sizes[-1] <= 3
     assert len(batch_sizes) == found.shape[1] - 11 - 1
+
+
+@pytest.mark.parametrize("room", [1, 5])
+@pytest.mark.parametrize("family", [("llama", "llama"), ("gemma3", "gemma3_text")], ids=str)
+def test_the_cache_grows_with_the_rows(family, room, decoded, monkeypatch):
+    """It has room for a few tokens first, since rows may end long before they must."""
+    made = []
+    zeros = torch.Tensor.new_zeros
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda self, *args: (made.append(args[0][2]), zeros(self, *args))[1])
+    monkeypatch.setattr(decoder, "ROOM", room)
+    model = generating(*family)
+    model.get_output_embeddings().weight.data *= 20
+    ends = both(model, **SAMPLED)[1][:2, 13].tolist()
+    grown = len(set(made))
+    assert grown == -(-11 // room) - 1
+    found, expected = both(model, **{**SAMPLED, "eos_token_id": ends})
+    assert torch.equal(found, expected)
+    assert len(decoded) == 2
 
 
 def test_all_rows_may_end_at_once(llama, decoded):

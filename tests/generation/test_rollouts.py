@@ -16,8 +16,6 @@ from sloth_plugins.patches.trainers import unpadded
 
 KINDS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
-NAMED = "1,trl:rollout_decoding,trl:rollout_unpadded"
-
 
 def tokenizer():
     words = {str(number): number for number in range(96)}
@@ -70,7 +68,7 @@ def test_the_same_completions_and_losses(kind, options, tmp_path, decoded, said,
     torch.manual_seed(0)
     found = []
     patched = trainer_of(kind, tmp_path, found, **options)
-    report = patch(patched.model, NAMED, trainer=patched)
+    report = patch(patched.model, "1", trainer=patched)
     applied = {outcome.patch for outcome in report.outcomes if outcome.state == "applied"}
     assert {"rollout_decoding", "rollout_unpadded", "trl_logprobs", "blocks"} <= applied
     patched.train()

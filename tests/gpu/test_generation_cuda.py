@@ -113,6 +113,16 @@ def test_a_graph_gives_what_its_steps_give_and_rows_that_end_are_left_out(graphs
         assert (row[length:] == 2).all()
 
 
+def test_a_cache_that_grows_is_in_another_graph(graphs, monkeypatch):
+    model = build(("llama", "llama"), dtype=torch.float32).eval()
+    whole = generate(model, prompts(), **GREEDY)
+    monkeypatch.setattr(decoder, "ROOM", 16)
+    # The attention sums in other parts.
+    assert (generate(model, prompts(), **GREEDY) == whole).float().mean() > 0.9
+    assert len(graphs) == 1 + 3
+    assert None not in graphs
+
+
 def test_weights_are_read_at_each_call_and_memory_is_given_back(graphs):
     model = build(("llama", "llama"), dtype=torch.float32).eval()
     patch(model, "*:blocks")

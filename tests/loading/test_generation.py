@@ -94,12 +94,24 @@ def test_a_model_that_trains_goes_on_training(tiny, alone):
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_gpu_has_the_decoder_only_where_it_is_named(device, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "selection", "decodes"),
+    [
+        ("cuda", None, True),
+        ("cuda", "1,-trl:rollout_decoding", False),
+        ("cpu", "1,-trl:rollout_decoding", False),
+        ("cpu", "1", True),
+        ("mps", "1", False),
+    ],
+)
+def test_where_the_decoder_runs(device, selection, decodes, monkeypatch):
     monkeypatch.delenv("SLOTH_PLUGINS", raising=False)
+    if selection is not None:
+        monkeypatch.setenv("SLOTH_PLUGINS", selection)
     model = types.SimpleNamespace(device=torch.device(device), generate=object())
-    with fast(model) as generate:
-        assert generate is model.generate
-    monkeypatch.setenv("SLOTH_PLUGINS", "1,trl:rollout_decoding")
-    with pytest.raises(AttributeError, match="modules"):  # it goes on to look for patches
-        fast(model).__enter__()
+    if decodes:
+        with pytest.raises(AttributeError, match="modules"):  # it goes on to look for patches
+            fast(model).__enter__()
+    else:
+        with fast(model) as generate:
+            assert generate is model.generate

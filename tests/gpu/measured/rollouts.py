@@ -26,7 +26,6 @@ from pathlib import Path
 PROMPT, NEW = 128, 256
 GROUPS, COMPLETIONS, LENGTH = 8, 8, 512
 LORA = {"r": 16, "lora_alpha": 32}
-FLAG = "1,trl:rollout_decoding,trl:rollout_unpadded"
 
 
 def main() -> None:
@@ -66,7 +65,7 @@ def run(args, part, model, contender, end) -> None:
     command += ["--contenders", contender]
     environment = {name: value for name, value in os.environ.items() if name != "SLOTH_PLUGINS"}
     if part == "grpo" and contender == "sloth":
-        environment["SLOTH_PLUGINS"] = FLAG
+        environment["SLOTH_PLUGINS"] = "1"
         which["memory"] = environment.get("SLOTH_MEMORY", "auto")
     started = time.monotonic()
     try:
