@@ -68,7 +68,17 @@ def _language_model(model: Any) -> Any:
         raise Refused("it is not a language model alone")
     if len(set((getattr(found, "hf_device_map", None) or {}).values())) > 1:
         raise Refused("it is on several devices")
+    if _is_sharded(found):
+        # Processes whose rows end sooner would leave the others waiting for their part of the weights.
+        raise Refused("its weights are sharded over processes")
     return found
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _prompts(ids: Any, mask: Any, padding: Any) -> tuple[Tensor, Tensor]:

@@ -243,6 +243,11 @@ def test_what_is_not_known_is_left_to_transformers(llama, options, reason, decod
         assert torch.equal(found, expected)
 
 
+def sharded(layer):
+    """As `fully_shard` leaves it, but whole."""
+    layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer), type("FSDPModule", (), {})), {})
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -250,8 +255,10 @@ def test_what_is_not_known_is_left_to_transformers(llama, options, reason, decod
         (lambda model: model.merge_adapter(), "is merged"),
         (lambda model: model.base_model.model.model.layers[1].mlp.register_forward_hook(print), "has hooks"),
         (lambda model: revert(model.base_model.model.model.layers[1]), "1 of its 2 layers are patched"),
+        (lambda model: sharded(model.base_model.model.model.layers[0]), "sharded over processes"),
+        (lambda model: setattr(model.get_input_embeddings().weight, "ds_id", 0), "sharded over processes"),
     ],
-    ids=["dropout", "merged", "hook", "one layer stock"],
+    ids=["dropout", "merged", "hook", "one layer stock", "fsdp", "deepspeed"],
 )
 def test_what_cannot_be_decoded_is_left_to_transformers(change, reason, decoded, said, capsys):
     model = generating(lora_dropout=0.1)
