@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from ..export.adapter import BASE_MARK
 from ..export.card import CARD, card_of
 from ..export.formats import FourBit, dtype_of
 from ..export.merging import inputs_of, layout_of, write_config, write_index, write_shards
+from ..export.progress import progress
 from ..export.sources import tokenizer_folder
 from ..export.tokenizers import save_tokenizer
 from ..export.weights import open_weights
 from . import lora
 from .calibration import Work
 from .decision import BUDGET, SCORE, Decision, decide
-from .measuring import LENGTH, SAMPLES, measure, source_folder, torch_device
+from .measuring import LENGTH, SAMPLES, measure, rows_of, source_folder, streamed_of, torch_device
 from .packing import Packing
 from .report import write_report
+from .rounding_pass import CALIBRATED, NEAREST, check_rounding, pass_name, round_layers
 from .text import BUILTIN
 
 SHARD = 2_000_000_000
@@ -47,6 +50,7 @@ def quantize(
     score: str = SCORE,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
+    rounding: str = NEAREST,
     init: str | None = None,
     rank: int = 16,
     cache: str | Path | None = None,
@@ -55,13 +59,16 @@ def quantize(
 ) -> Quantised:
     """Write the model of `source` in NF4 into the folder `out`, all but what costs most in 4 bits within `budget`.
 
-    Options are those of `dynamic_config`. With `init` ("qera", "svd", "loftq") `out/adapter` is a LoRA of `rank` that
-    begins as what quantisation has lost; `load_with_adapter(out)` loads both. quantization_report.json, .txt and .png
-    say what stays in 16 bits and why. Nothing is under the name `out` before all is written; an interrupted run goes on
-    where it stopped. An earlier export is replaced only with `force`. Raises SlothError for what the user must act on.
+    Options are those of `dynamic_config`. `rounding` "calibrated" chooses the 4-bit values of each layer by what it
+    computes from the same text, where "nearest" rounds each weight alone. With `init` ("qera", "svd", "loftq")
+    `out/adapter` is a LoRA of `rank` that begins as what quantisation has lost; `load_with_adapter(out)` loads both.
+    quantization_report.json, .txt and .png say what stays in 16 bits and why. Nothing is under the name `out` before
+    all is written; an interrupted run goes on where it stopped. An earlier export is replaced only with `force`. Raises
+    SlothError for what the user must act on.
     """
     out = Path(out)
-    lora.check_init(init, rank)
+    check_rounding(rounding)
+    lora.check_init(init, rank, rounding)
     folder = source_folder(source)
     writing.check_target(out, [folder], force=force)
     place = torch_device(device)
@@ -73,12 +80,20 @@ def quantize(
     packing = Packing(dtype=dtype_of(dtype, weights.config))
     work = Work(measurement.inputs.parent)
     packed = [linear for linear in measurement.linears if linear.name not in decision.kept]
-    if init is not None:
-        lora.initialise(weights, packed, work.read("inputs"), init, rank, packing, place, work)
-    shifts = {linear.weight: lora.stored_name(init, rank, linear.name) for linear in packed} if init == "loftq" else {}
-    form = _Form(weights.base, weights.config, packing.dtype, decision.skip, place, shifts, work)
+    values: dict[str, str] = {}
+    if rounding == CALIBRATED:
+        streamed, rows = streamed_of(weights, packing, place), rows_of(folder, data, samples, length)
+        with progress("choosing 4-bit values", streamed.bytes) as advance:
+            round_layers(streamed, rows, decision.kept, packing, work, advance)
+        values = {linear.name: f"{pass_name(decision.kept)}/{linear.name}" for linear in packed}
+    made = None if init is None else lora.Start(init, rank, values)
+    if made is not None:
+        lora.initialise(weights, packed, work.read("inputs"), made, packing, place, work)
+    shifts = {linear.weight: made.file(linear.name) for linear in packed} if made and init == "loftq" else {}
+    chosen = {linear.weight: values[linear.name] for linear in packed if linear.name in values}
+    form = _Form(weights.base, weights.config, packing.dtype, decision.skip, place, shifts, chosen, work)
     layout = layout_of(weights, form, shard_bytes)
-    inputs = inputs_of([folder], layout, f"{decision.skip} {init} {rank}", packing.dtype)
+    inputs = inputs_of([folder], layout, f"{decision.skip} {init} {rank} {rounding}", packing.dtype)
     with writing.Staged(out, inputs).open() as partial:
         files = write_shards(weights, form, layout, partial, "quantising")
         write_index(files, partial)
@@ -86,18 +101,25 @@ def quantize(
         setattr(weights.config, BASE_MARK, mark)
         write_config(weights, form, packing.dtype, partial)
         save_tokenizer(None, tokenizer_folder(folder), partial)
-        if init is not None:
+        if made is not None:
             kept = set(decision.kept)
-            lora.save_adapter(partial / lora.ADAPTER, out.resolve(), mark, measurement.linears, kept, work, init, rank)
-        write_report(decision, partial, data=str(data), init=f"{init}, rank {rank}" if init else None)
+            lora.save_adapter(partial / lora.ADAPTER, out.resolve(), mark, measurement.linears, kept, work, made)
+        facts = {"data": str(data), "rounding": rounding, "init": f"{init}, rank {rank}" if init else None}
+        write_report(decision, partial, **facts)
         card_of(folder, "dynamic 4-bit: NF4, but for the linear layers that it costs most, which stay in 16 bits").save(
             partial / CARD
         )
+    if values:
+        # As many bytes as the model; what was measured stays for other budgets.
+        shutil.rmtree(work.folder / pass_name(decision.kept))
     return Quantised(folder=out, decision=decision)
 
 
 class _Form(FourBit):
-    """4 bits but for what was decided; for loftq of a weight from which the adapter's last product is taken."""
+    """4 bits but for what was decided; for loftq of a weight from which the adapter's last product is taken.
+
+    `shifts` and `values` are the files, by the weight's name, of those products and of 4-bit values that were chosen.
+    """
 
     def __init__(
         self,
@@ -107,17 +129,21 @@ class _Form(FourBit):
         skip: list[str],
         device: torch.device,
         shifts: dict[str, str],
+        values: dict[str, str],
         work: Work,
     ) -> None:
         super().__init__(base, config, dtype, skip=skip, device=device)
-        self._shifts, self._work = shifts, work
+        self._shifts, self._values, self._work = shifts, values, work
 
     def stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `FourBit.stored`."""
         if name in self._shifts:
             factors = self._work.read(self._shifts[name])
             tensor = torch.addmm(tensor.float(), factors["shift.B"], factors["shift.A"], alpha=-1)
-        return super().stored(name, tensor)
+        stored = super().stored(name, tensor)
+        if name in self._values:
+            stored[name] = self._work.read(self._values[name])["data"]
+        return stored
 
 
 def _mark(files: list[Path]) -> str:

@@ -19,6 +19,9 @@ def quantize(
     score: Annotated[
         str, typer.Option(help="fisher, sequence, diagonal, activation, weight, relative; kl: the slow truth")
     ] = "fisher",
+    rounding: Annotated[
+        str, typer.Option(help="of weights to 4 bits: nearest, or calibrated, by what the layer computes of the text")
+    ] = "nearest",
     init: Annotated[
         str | None,
         typer.Option("--lora-init", help="qera, svd or loftq: an adapter that begins as what 4 bits have lost"),
@@ -45,6 +48,7 @@ def quantize(
                 samples=samples,
                 length=length,
                 score=score,
+                rounding=rounding,
                 init=init,
                 rank=rank,
                 dtype=dtype,

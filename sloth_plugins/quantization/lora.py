@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from ..export.adapter import BASE_MARK, CONFIG, TENSORS, base_mark_of
 from ..export.progress import progress
 from ..export.weights import Weights
 from .calibration import Work
-from .packing import Packing
+from .packing import Packed, Packing
+from .rounding_pass import NEAREST
 
 if TYPE_CHECKING:
     from .measuring import Measured
@@ -25,25 +27,39 @@ LOFTQ_ROUNDS = 5
 OVERSAMPLING = 16
 
 
-def check_init(init: str | None, rank: int) -> None:
-    """Raise SlothError for an initialisation that there is not, or a rank below 1."""
+@dataclass(frozen=True)
+class Start:
+    """How adapters begin: by which initialisation, of which rank; `values` are files of 4-bit values, by path."""
+
+    init: str
+    rank: int
+    values: Mapping[str, str]
+
+    def file(self, path: str) -> str:
+        """What `initialise` calls its file for a linear layer."""
+        return f"lora-{self.init}-{self.rank}/{self.values.get(path, path)}"
+
+
+def check_init(init: str | None, rank: int, rounding: str) -> None:
+    """Raise SlothError for an initialisation that there is not, a rank below 1, or what does not go together."""
     if init is not None and init not in INITS:
         raise SlothError(f"init {init!r} is not known{nearest(init, INITS)}; there are {', '.join(INITS)}")
     if rank < 1:
         raise SlothError(f"rank {rank} is no rank of an adapter; 16 is usual")
+    if init == "loftq" and rounding != NEAREST:
+        raise SlothError(f"init loftq chooses 4-bit values itself; with rounding {rounding} there are qera and svd")
 
 
 def initialise(
     weights: Weights,
     linears: list[Measured],
     inputs: Mapping[str, torch.Tensor],
-    init: str,
-    rank: int,
+    start: Start,
     packing: Packing,
     device: torch.device,
     work: Work,
 ) -> None:
-    """Leave `lora-INIT-RANK/PATH` in `work` for each of `linears`, which are those in 4 bits; done ones are kept.
+    """Leave `start.file(PATH)` in `work` for each of `linears`, which are those in 4 bits; done ones are kept.
 
     A file has `A` [rank, columns] and `B` [rows, rank], fp32, whose product is what is added to the 4-bit weight, and
     `shift`, of both shapes: what was subtracted from the weight before it was quantised, which is not zero for loftq
@@ -53,29 +69,26 @@ def initialise(
     """
     with progress("initialising adapters", sum(linear.plain_bytes for linear in linears)) as advance:
         for linear in linears:
-            name = stored_name(init, rank, linear.name)
+            name = start.file(linear.name)
             if not work.has(name):
                 weight = weights.read(linear.weight).to(device, torch.float32)
-                scale = inputs[linear.name].to(device).sqrt() if init == "qera" else torch.ones_like(weight[0])
-                work.write(name, _factors(weight, scale, rank, packing, LOFTQ_ROUNDS if init == "loftq" else 1))
+                scale = inputs[linear.name].to(device).sqrt() if start.init == "qera" else torch.ones_like(weight[0])
+                chosen = start.values.get(linear.name)
+                values = None if chosen is None else work.read(chosen)["data"].to(device)
+                work.write(name, _factors(weight, scale, start, packing, values))
             advance(linear.plain_bytes)
 
 
-def stored_name(init: str, rank: int, path: str) -> str:
-    """What `initialise` calls its file for a linear layer."""
-    return f"lora-{init}-{rank}/{path}"
-
-
 def _factors(
-    weight: torch.Tensor, scale: torch.Tensor, rank: int, packing: Packing, rounds: int
+    weight: torch.Tensor, scale: torch.Tensor, start: Start, packing: Packing, values: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     rows, columns = weight.shape
-    down, up = weight.new_zeros(rank, columns), weight.new_zeros(rows, rank)
-    for _ in range(rounds):
+    down, up = weight.new_zeros(start.rank, columns), weight.new_zeros(rows, start.rank)
+    for _ in range(LOFTQ_ROUNDS if start.init == "loftq" else 1):
         shift_down, shift_up = down, up
-        moved = torch.addmm(weight, up, down, alpha=-1)
-        lost = weight - packing.pack(moved).dequantised(weight)
-        down, up = _low_rank(lost, scale, rank)
+        packed = packing.pack(torch.addmm(weight, up, down, alpha=-1))
+        lost = weight - (packed if values is None else Packed(values, packed.state)).dequantised(weight)
+        down, up = _low_rank(lost, scale, start.rank)
     return {"A": down, "B": up, "shift.A": shift_down, "shift.B": shift_up}
 
 
@@ -95,7 +108,7 @@ def _low_rank(lost: torch.Tensor, scale: torch.Tensor, rank: int) -> tuple[torch
 
 
 def save_adapter(
-    folder: Path, base: Path, mark: str, linears: list[Measured], kept: set[str], work: Work, init: str, rank: int
+    folder: Path, base: Path, mark: str, linears: list[Measured], kept: set[str], work: Work, start: Start
 ) -> None:
     """A PEFT adapter for all `linears` in `folder`, which names `base` and carries its mark.
 
@@ -104,7 +117,7 @@ def save_adapter(
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(0)
+    generator, rank = torch.Generator().manual_seed(0), start.rank
     tensors: dict[str, torch.Tensor] = {}
     for linear in linears:
         place = f"base_model.model.{linear.name}"
@@ -113,7 +126,7 @@ def save_adapter(
             tensors[f"{place}.lora_A.weight"] = (torch.rand(rank, linear.columns, generator=generator) * 2 - 1) * bound
             tensors[f"{place}.lora_B.weight"] = torch.zeros(linear.rows, rank)
         else:
-            factors = work.read(stored_name(init, rank, linear.name))
+            factors = work.read(start.file(linear.name))
             tensors[f"{place}.lora_A.weight"] = factors["A"]
             tensors[f"{place}.lora_B.weight"] = factors["B"]
     config = LoraConfig(

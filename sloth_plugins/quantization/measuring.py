@@ -100,7 +100,7 @@ def measure(
         raise SlothError(f"score {score!r} is not known{nearest(score, NAMES)}; there are {', '.join(NAMES)}")
     place = torch_device(device)
     folder = source_folder(source)
-    rows = calibration_rows(_tokenizer(folder), data, samples, length)
+    rows = rows_of(folder, data, samples, length)
     weights = open_weights(folder)
     if weights.base.quantised:
         raise SlothError(f"{folder} is quantised already; name the 16-bit model that it was made of")
@@ -119,8 +119,8 @@ def _measure(
     found = _read(work)
     if found is not None and (score != TRUTH or TRUTH in found.linears[0].scores):
         return found
-    streamed = Streamed(weights, place, _compute_dtype(weights, packing, place))
-    once = sum(streamed.layer_bytes(index) for index in range(len(streamed.layers)))
+    streamed = streamed_of(weights, packing, place)
+    once = streamed.bytes
     if found is None:
         with progress("calibrating", 2 * once) as advance:
             calibrate(streamed, rows, packing, work, advance)
@@ -159,17 +159,22 @@ def cache_folder(given: str | Path | None = None) -> Path:
     return Path(home) / "sloth-plugins" / "quantization"
 
 
-def _tokenizer(folder: Path) -> Any:
+def rows_of(folder: Path, data: str | Path, samples: int, length: int) -> torch.Tensor:
+    """Ids [samples, length] of calibration text, by the tokenizer of the model in `folder`."""
     from transformers import AutoTokenizer
 
     place = tokenizer_folder(folder)
     if place is None:
         raise SlothError(f"{folder} holds no tokenizer, by which calibration text is read; save it there")
-    return AutoTokenizer.from_pretrained(place)
+    return calibration_rows(AutoTokenizer.from_pretrained(place), data, samples, length)
+
+
+def streamed_of(weights: Any, packing: Packing, device: torch.device) -> Streamed:
+    """The model of `weights`, computing in their dtype, but for fp16, whose range gradients leave."""
+    return Streamed(weights, device, _compute_dtype(weights, packing, device))
 
 
 def _compute_dtype(weights: Any, packing: Packing, device: torch.device) -> torch.dtype:
-    """That of the weights, but for fp16, whose range gradients leave."""
     stored = getattr(weights.config, "dtype", None)
     if stored == torch.float32 or packing.dtype == torch.float32:
         return torch.float32

@@ -69,6 +69,11 @@ class Streamed:
                 found.append(Linear(name=path, weight=weight, layer=index, rows=rows, columns=columns))
         return found
 
+    @property
+    def bytes(self) -> int:
+        """What the weights of all layers take in 16 bits."""
+        return sum(self.layer_bytes(index) for index in range(len(self.layers)))
+
     def layer_bytes(self, index: int) -> int:
         """What a layer's weights take in 16 bits."""
         return sum(2 * parameter.numel() for parameter in self.layers[index].parameters())

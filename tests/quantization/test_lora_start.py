@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from sloth_plugins.errors import SlothError
 from sloth_plugins.export import merge
 from sloth_plugins.quantization import load_with_adapter, quantize
-from sloth_plugins.quantization.lora import _factors, _low_rank
+from sloth_plugins.quantization.lora import Start, _factors, _low_rank
 from sloth_plugins.quantization.packing import Packing
 
 PACKING = Packing(dtype=torch.bfloat16)
@@ -27,7 +27,7 @@ def lost(weight):
 
 
 def test_svd_is_the_best_approximation_of_its_rank(weight):
-    factors = _factors(weight, torch.ones(128), RANK, PACKING, 1)
+    factors = _factors(weight, torch.ones(128), Start("svd", RANK, {}), PACKING, None)
     error = lost(weight)
     left = float((error - factors["B"] @ factors["A"]).norm())
     best = float(torch.linalg.svdvals(error.double())[RANK:].square().sum().sqrt())
@@ -55,12 +55,12 @@ def test_an_input_that_is_always_zero_leaves_all_finite(weight):
 
 
 def test_loftq_loses_less_than_one_round(weight):
-    def left(rounds):
-        f = _factors(weight, torch.ones(128), RANK, PACKING, rounds)
+    def left(init):
+        f = _factors(weight, torch.ones(128), Start(init, RANK, {}), PACKING, None)
         base = PACKING.pack(weight - f["shift.B"] @ f["shift.A"]).dequantised(weight)
         return float((weight - base - f["B"] @ f["A"]).norm())
 
-    assert left(5) < left(1) < float(lost(weight).norm())
+    assert left("loftq") < left("svd") < float(lost(weight).norm())
 
 
 def test_a_rank_beyond_the_weight_is_padded(weight):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Tokens of a row of calibration text.
+CALIBRATION_LENGTH = 512
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
@@ -82,4 +84,4 @@ def without_bars() -> None:
 
 def calibrated(work: Work, **options: Any) -> dict[str, Any]:
     """The options by which every part measures a model, so that one measurement serves them all."""
-    return {"data": work.calibration, "cache": work.cache, "samples": 64, "length": 512} | options
+    return {"data": work.calibration, "cache": work.cache, "samples": 64, "length": CALIBRATION_LENGTH} | options

@@ -1,7 +1,8 @@
 """Held-out KL divergence and perplexity of one model, as every rule would choose within every budget.
 
 Models compute in fp32 (no TF32) with the weights that training sees: rounded to bf16, or NF4 and back. `--truth` adds
-all named scores of `decide` and the slow truth, KL layer by layer, with their correlation. `--loaded` compares what
+all named scores of `decide` and the slow truth, KL layer by layer, with their correlation. Rules that end in
+", calibrated" have their 4-bit values chosen by what layers compute of the calibration text. `--loaded` compares what
 stock transformers load by our config with what is computed here.
 """
 
@@ -15,11 +16,12 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from .common import DEVICE, Work, calibrated, parser, record, timed, without_bars
+from .common import CALIBRATION_LENGTH, DEVICE, Work, calibrated, parser, record, timed, without_bars
 
 ROWS_AT_ONCE = 16
 TRUTH_ROWS = 16
 RANDOM_DRAWS = 8
+CALIBRATED_DRAWS = 3
 
 
 class Weights:
@@ -32,12 +34,34 @@ class Weights:
         self.modules = {name: model.get_submodule(name) for name in names}
         self.plain = {name: module.weight.data for name, module in self.modules.items()}
         self.packed = {name: packing.pack(weight).dequantised(weight) for name, weight in self.plain.items()}
+        self.nearest = self.packed
 
     def keep(self, kept: Iterable[str]) -> None:
         """Have these in 16 bits and all others in 4."""
         kept = set(kept)
         for name, module in self.modules.items():
             module.weight.data = (self.plain if name in kept else self.packed)[name]
+
+
+def calibrated_values(given: Any, work: Work, weights: Weights, kept: set[str]) -> dict[str, torch.Tensor]:
+    """What training sees of all linear layers but `kept` where their 4-bit values are chosen layer by layer."""
+    from sloth_plugins.export import open_weights
+    from sloth_plugins.quantization import calibration
+    from sloth_plugins.quantization.measuring import rows_of, streamed_of
+    from sloth_plugins.quantization.packing import Packed, Packing
+    from sloth_plugins.quantization.rounding_pass import pass_name, round_layers
+
+    folder, packing = work.model(given.model), Packing(dtype=torch.bfloat16)
+    streamed = streamed_of(open_weights(folder), packing, DEVICE)
+    rows = rows_of(folder, work.calibration, given.samples, CALIBRATION_LENGTH)
+    files = calibration.Work(work.folder / "rounding" / given.model)
+    round_layers(streamed, rows, kept, packing, files, lambda done: None)
+    found = {}
+    for name in weights.plain.keys() - kept:
+        plain = weights.plain[name]
+        values = files.read(f"{pass_name(kept)}/{name}")["data"].to(DEVICE)
+        found[name] = Packed(values, packing.pack(plain).state).dequantised(plain)
+    return found
 
 
 class HeldOut:
@@ -92,6 +116,15 @@ def choices(measurement: Any, budget: str, scores: Sequence[str]) -> Iterable[tu
         yield "random", number, filled(random.Random(number).sample(groups, len(groups)), extra, room)
     first = [group for group in groups if group[0].endswith(("o_proj", "down_proj"))]
     yield "o_proj, down_proj first", 0, filled(first, extra, room)
+
+
+def with_values(measurement: Any, budgets: Sequence[str]) -> Iterable[tuple[str, str, int, set[str]]]:
+    """For which choices 4-bit values are chosen, too: (rule, budget, draw, paths)."""
+    yield "all NF4, calibrated", "0%", 0, set()
+    for budget in budgets:
+        for rule, number, kept in choices(measurement, budget, ["fisher"]):
+            if rule == "fisher" or (rule == "random" and budget == "10%" and number < CALIBRATED_DRAWS):
+                yield f"{rule}, calibrated", budget, number, kept
 
 
 def judged(held_out: HeldOut, all_packed: torch.Tensor) -> dict[str, float]:
@@ -190,6 +223,14 @@ def main() -> None:
                 spent = {"extra": sum(extra[one] for one in kept), "kept": sorted(kept)}
                 found = judged(held_out, all_packed) | spent
                 record(given.results, "choice", model=name, rule=rule, budget=budget, draw=number, **found)
+    with timed(given.results, "judging calibrated values", model=name):
+        for rule, budget, number, kept in with_values(measurement, given.budgets):
+            weights.packed = weights.nearest | calibrated_values(given, work, weights, kept)
+            weights.keep(kept)
+            spent = {"extra": sum(extra[one] for one in kept), "kept": sorted(kept)}
+            found = judged(held_out, all_packed) | spent
+            record(given.results, "choice", model=name, rule=rule, budget=budget, draw=number, **found)
+    weights.packed = weights.nearest
     if given.loaded:
         as_loaded(given, work, name, weights, model, rows[:ROWS_AT_ONCE, :-1])
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from .common import DEVICE, PROJECTIONS, Work, calibrated, parser, record, timed, without_bars
 
 INITS = ("qera", "svd", "loftq")
-VARIANTS = ("16-bit", "NF4", "dynamic", *(f"dynamic, {init}" for init in INITS))
+VARIANTS = ("16-bit", "NF4", "dynamic", "dynamic, calibrated", *(f"dynamic, {init}" for init in INITS))
 BUDGET = "10%"
 
 
@@ -68,6 +68,11 @@ def variant(name: str, work: Work, given: Any) -> Any:
     if name == "dynamic":
         return with_adapter(loaded(folder, quantization_config=dynamic_config(folder, **measured)), given.rank)
     init = name.rpartition(" ")[2]
+    if init == "calibrated":
+        made = quantize(
+            folder, work.folder / "quantised" / f"{given.model}-{init}", rounding=init, force=True, **measured
+        )
+        return with_adapter(loaded(made.folder), given.rank)
     out = work.folder / "quantised" / f"{given.model}-{init}"
     made = quantize(folder, out, init=init, rank=given.rank, force=True, **measured)
     return load_with_adapter(made.folder, dtype=torch.bfloat16, device_map={"": str(DEVICE)})

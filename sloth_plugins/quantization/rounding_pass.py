@@ -1,0 +1,123 @@
+"""A pass forward through streamed layers: each gets 4-bit values that suit the inputs which those before it give."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SlothError, nearest
+from .calibration import Advance, Work, portions, through
+from .packing import Packing
+from .rounding import DAMPING, rounded
+from .streaming import Call, Linear, Streamed
+
+NEAREST, CALIBRATED = "nearest", "calibrated"
+ROUNDINGS = (NEAREST, CALIBRATED)
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise SlothError for a rounding that there is not."""
+    if rounding not in ROUNDINGS:
+        raise SlothError(
+            f"rounding {rounding!r} is not known{nearest(rounding, ROUNDINGS)}; there are {', '.join(ROUNDINGS)}"
+        )
+
+
+def pass_name(kept: Collection[str]) -> str:
+    """What the files of a pass are called, in which these layers stay in 16 bits."""
+    facts = json.dumps([sorted(kept), DAMPING])
+    return f"rounded-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+
+
+def round_layers(
+    streamed: Streamed, rows: torch.Tensor, kept: Collection[str], packing: Packing, work: Work, advance: Advance
+) -> None:
+    """Leave `PASS/PATH` in `work` for each linear layer but those of `kept`: `data`, its 4-bit values.
+
+    `rows` are ids [n, tokens]. Each layer is rounded for the inputs that it gets from the layers before it as they are
+    by then. Of an interrupted run what is there is kept; `advance` gets the bytes of weights that were read.
+    """
+    name, last = pass_name(kept), len(streamed.layers)
+    begun = next((index for index in range(last, 0, -1) if work.has(f"{name}/entering-{index}")), 0)
+    hidden, calls = streamed.embed(rows)
+    for index in range(last):
+        if index >= begun:
+            if index:
+                hidden = work.read(f"{name}/entering-{index}")["hidden"]
+            linears = [linear for linear in streamed.linears[index] if linear.name not in kept]
+            out = _round_layer(streamed, index, linears, hidden, calls[index], packing, work, name)
+            work.write(f"{name}/entering-{index + 1}", {"hidden": out})
+            work.drop(f"{name}/entering-{index}")
+        advance(streamed.layer_bytes(index))
+
+
+def _round_layer(
+    streamed: Streamed,
+    index: int,
+    linears: list[Linear],
+    hidden: torch.Tensor,
+    call: Call,
+    packing: Packing,
+    work: Work,
+    name: str,
+) -> torch.Tensor:
+    """What the layer gives for `hidden` once it is rounded."""
+    with streamed.layer(index) as layer, torch.no_grad():
+        modules = {linear.name: streamed.module_of(layer, linear) for linear in linears}
+        with _moments(modules) as moments:
+            for part in portions(hidden):
+                streamed.call(layer, part.to(streamed.device), call)
+        for path, module in modules.items():
+            second = moments.of(path)
+            weight = module.weight.data
+            packed = packing.pack(weight) if second is None else rounded(weight, second, packing)
+            work.write(f"{name}/{path}", {"data": packed.data})
+            module.weight.data = packed.dequantised(weight)
+        return through(streamed, layer, hidden, call)
+
+
+class _Moments:
+    """Sums of x x^T over the inputs of linear layers, once for those that get the very same tensor."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._owner: dict[str, str] = {}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def watch(self, path: str) -> Any:
+        """A hook that adds up what the layer of that path gets."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x: torch.Tensor = args[0]
+            if path not in self._owner:
+                shares = self._last is not None and self._last[1] is x
+                self._owner[path] = self._owner[self._last[0]] if shares and self._last else path
+            self._last = path, x
+            if self._owner[path] == path:
+                flat = x.flatten(0, -2).float()
+                before = self._sums.get(path)
+                self._sums[path] = flat.T @ flat if before is None else before.addmm_(flat.T, flat)
+
+        return hook
+
+    def of(self, path: str) -> torch.Tensor | None:
+        """The sum [columns, columns] for a layer; None for one that got nothing."""
+        owner = self._owner.get(path)
+        return None if owner is None else self._sums[owner]
+
+
+@contextmanager
+def _moments(modules: dict[str, nn.Linear]) -> Iterator[_Moments]:
+    found = _Moments()
+    handles = [module.register_forward_pre_hook(found.watch(path)) for path, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,151 @@
+"""4-bit values chosen by what a layer computes: the format stays bitsandbytes', the output is nearer."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import logits
+from transformers import AutoModelForCausalLM
+
+from sloth_plugins.errors import SlothError
+from sloth_plugins.export import open_weights
+from sloth_plugins.quantization import load_with_adapter, quantize
+from sloth_plugins.quantization.measuring import rows_of
+from sloth_plugins.quantization.packing import Packing
+from sloth_plugins.quantization.rounding import rounded
+
+PACKING = Packing(dtype=torch.bfloat16)
+
+
+def inputs(columns, count=512, rank=8):
+    """Rows whose columns go together, as those of real layers do."""
+    draw = torch.Generator().manual_seed(0)
+    common = torch.randn(count, rank, generator=draw) @ torch.randn(rank, columns, generator=draw)
+    return common + 0.3 * torch.randn(count, columns, generator=draw)
+
+
+def weight_of(rows, columns):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (7, 192), (3, 65), (64, 100)], ids=str)
+def test_the_output_is_nearer_than_that_of_the_nearest_values(shape):
+    """With scales over whole rows, and with blocks that begin in one row and end in the next."""
+    weight, x = weight_of(*shape), inputs(shape[1])
+    packed, found = PACKING.pack(weight), rounded(weight, x.T @ x, PACKING)
+    assert found.data.shape == packed.data.shape
+    assert found.state is not None
+    assert torch.equal(found.state.absmax, packed.state.absmax)
+    errors = [(x @ (one.dequantised(weight) - weight).float().T).norm() for one in (found, packed)]
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_without_anything_in_common_each_weight_is_rounded_alone():
+    weight = weight_of(32, 128)
+    # With double quantisation bitsandbytes rounds to multiples of scales that are not those it stores.
+    packing = Packing(dtype=torch.bfloat16, double_quant=False)
+    assert torch.equal(rounded(weight, torch.eye(128), packing).data, packing.pack(weight).data)
+
+
+def test_against_the_best_of_all_values():
+    """A row of two weights in 16 values each: all 256 pairs."""
+    weight = weight_of(32, 2)
+    second = torch.tensor([[1.0, 0.9], [0.9, 1.1]])
+    found = rounded(weight, second, PACKING).dequantised(weight).float()
+    nearest = PACKING.pack(weight)
+    # All weights are one block, whose largest has the value 1 or -1.
+    values = nearest.state.code.float() * nearest.dequantised(weight).float().abs().max()
+
+    def cost(lost):
+        return ((lost @ second) * lost).sum(-1)
+
+    exact = weight.float()
+    best = cost(torch.cartesian_prod(values, values)[None] - exact[:, None]).min(1).values.sum()
+    ours, alone = cost(found - exact).sum(), cost(nearest.dequantised(weight).float() - exact).sum()
+    assert best * 0.99 <= ours < 1.6 * best
+    assert ours < 0.7 * alone
+
+
+@pytest.mark.parametrize("second", ["zeros", "one input", "as rows"])
+def test_inputs_that_say_little(second):
+    weight = weight_of(16, 96)
+    weight[:, 64:] = 0
+    x = {"zeros": torch.zeros(4, 96), "one input": torch.zeros(4, 96), "as rows": inputs(96, count=3)}[second]
+    if second == "one input":
+        x[:, 5] = 1
+    found = rounded(weight, x.T @ x, PACKING).dequantised(weight)
+    assert torch.isfinite(found).all()
+    lost = (x @ (found - weight).float().T).norm()
+    assert lost <= (x @ (PACKING.pack(weight).dequantised(weight) - weight).float().T).norm() * 1.001 + 1e-6
+
+
+def lost(folder, model, path, rows):
+    """Norm of what a linear layer's output has lost, on the inputs that it gets in the 16-bit model."""
+    stock = AutoModelForCausalLM.from_pretrained(model).eval()
+    seen = []
+    stock.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        stock(input_ids=rows)
+    weights = [open_weights(one).read(f"{path}.weight").float() for one in (folder, model)]
+    return float((seen[0].float() @ (weights[0] - weights[1]).T).norm())
+
+
+def test_the_checkpoint_is_one_of_bitsandbytes_and_layers_lose_less(model, tmp_path, options):
+    options |= {"samples": 32, "length": 64}
+    for rounding in ("nearest", "calibrated"):
+        quantize(model, tmp_path / rounding, budget="0", rounding=rounding, **options)
+    files = [open_weights(tmp_path / rounding) for rounding in ("nearest", "calibrated")]
+    assert files[0].shapes() == files[1].shapes()
+    rows = rows_of(model, "builtin", 32, 64)
+    for path in ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj", "model.layers.2.mlp.down_proj"):
+        nearest, calibrated = (lost(tmp_path / one, model, path, rows) for one in ("nearest", "calibrated"))
+        assert calibrated < 0.9 * nearest, path
+    AutoModelForCausalLM.from_pretrained(tmp_path / "calibrated", device_map="cpu")
+    report = json.loads((tmp_path / "calibrated" / "quantization_report.json").read_text())
+    assert report["rounding"] == "calibrated"
+
+
+def test_a_run_that_was_interrupted_goes_on(model, tmp_path, options, monkeypatch):
+    from sloth_plugins.quantization import rounding_pass
+
+    quantize(model, tmp_path / "whole", rounding="calibrated", **options)
+    done = []
+    own = rounding_pass._round_layer
+
+    def interrupted(streamed, index, *rest):
+        if index == 2 and len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(index)
+        return own(streamed, index, *rest)
+
+    monkeypatch.setattr(rounding_pass, "_round_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "again", rounding="calibrated", **options)
+    assert not (tmp_path / "again").exists()
+    done.append("interrupted")
+    quantize(model, tmp_path / "again", rounding="calibrated", **options)
+    assert done == [0, 1, "interrupted", 2]
+    both = [open_weights(tmp_path / name) for name in ("whole", "again")]
+    assert all(torch.equal(both[0].read(name), both[1].read(name)) for name in both[0].shapes())
+
+
+def test_adapters_begin_as_what_these_values_have_lost(model, tmp_path, options):
+    quantize(model, tmp_path / "out", rounding="calibrated", init="svd", rank=32, **options)
+    loaded = load_with_adapter(tmp_path / "out").eval()
+    stock = logits(AutoModelForCausalLM.from_pretrained(model).eval()).float()
+    with_it = float((logits(loaded).float() - stock).norm())
+    assert with_it < 0.8 * float((logits(loaded.unload()).float() - stock).norm())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rounding": "calibratd"}, "rounding 'calibratd' is not known; did you mean 'calibrated'"),
+        ({"rounding": "calibrated", "init": "loftq"}, "init loftq chooses 4-bit values itself"),
+    ],
+    ids=["typo", "loftq"],
+)
+def test_what_there_is_not(model, tmp_path, options, given, message):
+    with pytest.raises(SlothError, match=message):
+        quantize(model, tmp_path / "out", **given, **options)
+    assert not (tmp_path / "out").exists()
