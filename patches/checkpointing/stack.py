@@ -370,5 +370,8 @@ class Stack:
         if not any(held):
             return plan.peak
         same = [Shape(tokens, 1).rounded_up().tokens == plan.shape.tokens for tokens in held]
-        left = [replace(o, kept=0, work=0) if is_same else o for o, is_same in zip(plan.options, same, strict=True)]
+        left = [
+            replace(o, kept=0, work=0, fetched=0) if is_same else o
+            for o, is_same in zip(plan.options, same, strict=True)
+        ]
         return peak(left, plan.after, births)

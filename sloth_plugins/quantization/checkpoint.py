@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,18 @@ from ..export.merging import inputs_of, layout_of, write_config, write_index, wr
 from ..export.progress import progress
 from ..export.sources import tokenizer_folder
 from ..export.tokenizers import save_tokenizer
-from ..export.weights import open_weights
+from ..export.weights import Weights, open_weights
 from . import lora
 from .calibration import Work
 from .decision import BUDGET, SCORE, Decision, decide
-from .measuring import LENGTH, SAMPLES, measure, rows_of, source_folder, streamed_of, torch_device
+from .measuring import LENGTH, SAMPLES, Measured, measure, rows_of, source_folder, streamed_of, torch_device
 from .packing import Packing
 from .report import write_report
-from .rounding_pass import CALIBRATED, NEAREST, check_rounding, pass_name, round_layers
+from .rounding_pass import CALIBRATED, NEAREST, check_rounding, forget, pass_name, round_layers
 from .text import BUILTIN
 
 SHARD = 2_000_000_000
+WHAT = "dynamic 4-bit: NF4, but for the linear layers that it costs most, which stay in 16 bits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,8 @@ def quantize(
     all is written; an interrupted run goes on where it stopped. An earlier export is replaced only with `force`. Raises
     SlothError for what the user must act on.
     """
+    from filelock import FileLock
+
     out = Path(out)
     check_rounding(rounding)
     lora.check_init(init, rank, rounding)
@@ -80,39 +83,54 @@ def quantize(
     packing = Packing(dtype=dtype_of(dtype, weights.config))
     work = Work(measurement.inputs.parent)
     packed = [linear for linear in measurement.linears if linear.name not in decision.kept]
-    values: dict[str, str] = {}
-    if rounding == CALIBRATED:
-        streamed, rows = streamed_of(weights, packing, place), rows_of(folder, data, samples, length)
-        with progress("choosing 4-bit values", streamed.bytes) as advance:
-            round_layers(streamed, rows, decision.kept, packing, work, advance)
-        values = {linear.name: f"{pass_name(decision.kept)}/{linear.name}" for linear in packed}
-    made = None if init is None else lora.Start(init, rank, values)
-    if made is not None:
-        lora.initialise(weights, packed, work.read("inputs"), made, packing, place, work)
-    shifts = {linear.weight: made.file(linear.name) for linear in packed} if made and init == "loftq" else {}
-    chosen = {linear.weight: values[linear.name] for linear in packed if linear.name in values}
-    form = _Form(weights.base, weights.config, packing.dtype, decision.skip, place, shifts, chosen, work)
-    layout = layout_of(weights, form, shard_bytes)
-    inputs = inputs_of([folder], layout, f"{decision.skip} {init} {rank} {rounding}", packing.dtype)
-    with writing.Staged(out, inputs).open() as partial:
-        files = write_shards(weights, form, layout, partial, "quantising")
-        write_index(files, partial)
-        mark = _mark(sorted(set(files.values())))
-        setattr(weights.config, BASE_MARK, mark)
-        write_config(weights, form, packing.dtype, partial)
-        save_tokenizer(None, tokenizer_folder(folder), partial)
-        if made is not None:
-            kept = set(decision.kept)
-            lora.save_adapter(partial / lora.ADAPTER, out.resolve(), mark, measurement.linears, kept, work, made)
-        facts = {"data": str(data), "rounding": rounding, "init": f"{init}, rank {rank}" if init else None}
-        write_report(decision, partial, **facts)
-        card_of(folder, "dynamic 4-bit: NF4, but for the linear layers that it costs most, which stay in 16 bits").save(
-            partial / CARD
-        )
-    if values:
-        # As many bytes as the model; what was measured stays for other budgets.
-        shutil.rmtree(work.folder / pass_name(decision.kept))
+    facts = {"data": str(data), "rounding": rounding, "init": f"{init}, rank {rank}" if init else None}
+    # Others that write from the same measurement make and remove the same files.
+    with FileLock(work.folder.with_suffix(".lock")):
+        values: dict[str, str] = {}
+        if rounding == CALIBRATED and packed:
+            rows = rows_of(folder, data, samples, length)
+            values = _chosen_values(weights, rows, packed, decision.kept, packing, place, work)
+        start = None if init is None else lora.Start(init, rank, values)
+        if start is not None:
+            lora.initialise(weights, packed, work.read("inputs"), start, packing, place, work)
+        shifts = {linear.weight: start.file(linear.name) for linear in packed} if start and init == "loftq" else {}
+        chosen = {linear.weight: values[linear.name] for linear in packed if linear.name in values}
+        form = _Form(weights.base, weights.config, packing.dtype, decision.skip, place, shifts, chosen, work)
+        layout = layout_of(weights, form, shard_bytes)
+        # Chosen values depend on the text as well.
+        made_of = f"{decision.skip} {init} {rank} {work.folder.name if values else NEAREST}"
+        with writing.Staged(out, inputs_of([folder], layout, made_of, packing.dtype)).open() as partial:
+            files = write_shards(weights, form, layout, partial, "quantising")
+            write_index(files, partial)
+            mark = _mark(sorted(set(files.values())))
+            setattr(weights.config, BASE_MARK, mark)
+            write_config(weights, form, packing.dtype, partial)
+            save_tokenizer(None, tokenizer_folder(folder), partial)
+            if start is not None:
+                kept = set(decision.kept)
+                adapter = partial / lora.ADAPTER
+                lora.save_adapter(adapter, out.resolve(), mark, measurement.linears, kept, work, start)
+            write_report(decision, partial, **facts)
+            card_of(folder, WHAT).save(partial / CARD)
+        if values:
+            forget(work)
     return Quantised(folder=out, decision=decision)
+
+
+def _chosen_values(
+    weights: Weights,
+    rows: torch.Tensor,
+    packed: list[Measured],
+    kept: Collection[str],
+    packing: Packing,
+    place: torch.device,
+    work: Work,
+) -> dict[str, str]:
+    """The files in `work` with the 4-bit values of each linear layer of `packed`, by its path."""
+    streamed = streamed_of(weights, packing, place)
+    with progress("choosing 4-bit values", streamed.bytes) as advance:
+        round_layers(streamed, rows, kept, packing, work, advance)
+    return {linear.name: f"{pass_name(kept)}/{linear.name}" for linear in packed}
 
 
 class _Form(FourBit):

@@ -23,7 +23,8 @@ BLOCK = 128
 def rounded(weight: torch.Tensor, second: torch.Tensor, packing: Packing) -> Packed:
     """A weight [rows, columns] in 4 bits for inputs x with the second moments E[x x^T], fp32 [columns, columns].
 
-    All on one device. Where the moments say nothing, as for inputs that are all zero, it is rounded weight by weight.
+    All on one device, and finite. Where the moments say nothing, as for inputs that are all zero, it is rounded weight
+    by weight.
     """
     packed = packing.pack(weight)
     exact = weight.to(packing.dtype).float()
@@ -62,23 +63,23 @@ def _codes(weight: torch.Tensor, scales: torch.Tensor, second: torch.Tensor, val
         errors = torch.empty_like(left[begin:end])
         for i in range(begin, end):
             code = torch.bucketize(left[i] * inverse[i], between)
-            chosen[order[i]] = code.to(torch.uint8)
+            chosen[i] = code.to(torch.uint8)
             error = torch.div(left[i] - values[code] * scales[i], factor[i, i], out=errors[i - begin])
             left[i:end].addr_(factor[i, i:end], error, alpha=-1)
         left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-    return chosen.T.contiguous()
+    return chosen[order.argsort()].T.contiguous()
 
 
 def _factor(second: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the moments, damped as far as they need it."""
+    """The upper Cholesky factor of the inverse of the moments, damped in place as far as they need it."""
     diagonal = second.diagonal()
     damping = DAMPING * float(diagonal.mean()) or 1.0
     while True:
-        damped = second.clone()
-        damped.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        diagonal.add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(second)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
         if not failed:
             found: torch.Tensor = factor
             return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import SlothError, nearest
+from ..export.formats import Rounded
 from .calibration import Advance, Work, portions, through
 from .packing import Packing
 from .rounding import DAMPING, rounded
@@ -19,6 +21,8 @@ from .streaming import Call, Linear, Streamed
 
 NEAREST, CALIBRATED = "nearest", "calibrated"
 ROUNDINGS = (NEAREST, CALIBRATED)
+# By their squares.
+LIMIT = 10.0
 
 
 def check_rounding(rounding: str) -> None:
@@ -31,7 +35,7 @@ def check_rounding(rounding: str) -> None:
 
 def pass_name(kept: Collection[str]) -> str:
     """What the files of a pass are called, in which these layers stay in 16 bits."""
-    facts = json.dumps([sorted(kept), DAMPING])
+    facts = json.dumps([sorted(kept), DAMPING, LIMIT])
     return f"rounded-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 
@@ -57,6 +61,15 @@ def round_layers(
         advance(streamed.layer_bytes(index))
 
 
+def forget(work: Work) -> None:
+    """Remove what passes have left, those that were never finished too, and adapters that begin as what they lost."""
+    for folder in (*work.folder.glob("rounded-*"), *work.folder.glob("lora-*/rounded-*")):
+        # First what says how far a pass has come: one that is half removed begins anew.
+        for file in folder.glob("entering-*"):
+            file.unlink()
+        shutil.rmtree(folder)
+
+
 def _round_layer(
     streamed: Streamed,
     index: int,
@@ -73,13 +86,27 @@ def _round_layer(
         with _moments(modules) as moments:
             for part in portions(hidden):
                 streamed.call(layer, part.to(streamed.device), call)
-        for path, module in modules.items():
-            second = moments.of(path)
-            weight = module.weight.data
+        for linear in linears:
+            second, module = moments.of(linear.name), modules[linear.name]
+            if second is not None and not bool(torch.isfinite(second).all()):
+                raise SlothError(f"{linear.name} gets inputs that are not finite; the model computes NaN or infinity")
+            # As it is stored, which need not be what the layer computes in; beyond the dtype's range that is said.
+            stored = Rounded(packing.dtype).stored(linear.weight, streamed.weights.read(linear.weight))[linear.weight]
+            weight = stored.to(streamed.device)
             packed = packing.pack(weight) if second is None else rounded(weight, second, packing)
-            work.write(f"{name}/{path}", {"data": packed.data})
-            module.weight.data = packed.dequantised(weight)
+            work.write(f"{name}/{linear.name}", {"data": packed.data})
+            module.weight.data = packed.dequantised(module.weight.data)
         return through(streamed, layer, hidden, call)
+
+
+def _limited(x: torch.Tensor) -> torch.Tensor:
+    """Tokens x [n, columns], none of which counts for more than `LIMIT` typical ones.
+
+    A few may be a thousand times as large. They would decide alone, and all others lose more than by nearest values.
+    """
+    squares = x.square().sum(1)
+    limit = LIMIT * squares.median()
+    return x * torch.where(squares > limit, limit / squares, 1.0).sqrt()[:, None]
 
 
 class _Moments:
@@ -100,7 +127,7 @@ class _Moments:
                 self._owner[path] = self._owner[self._last[0]] if shares and self._last else path
             self._last = path, x
             if self._owner[path] == path:
-                flat = x.flatten(0, -2).float()
+                flat = _limited(x.flatten(0, -2).float())
                 before = self._sums.get(path)
                 self._sums[path] = flat.T @ flat if before is None else before.addmm_(flat.T, flat)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tiny_models import logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sloth_plugins.errors import SlothError
 from sloth_plugins.export import open_weights
@@ -13,6 +13,7 @@ from sloth_plugins.quantization import load_with_adapter, quantize
 from sloth_plugins.quantization.measuring import rows_of
 from sloth_plugins.quantization.packing import Packing
 from sloth_plugins.quantization.rounding import rounded
+from sloth_plugins.quantization.rounding_pass import _limited
 
 PACKING = Packing(dtype=torch.bfloat16)
 
@@ -79,6 +80,20 @@ def test_inputs_that_say_little(second):
     assert lost <= (x @ (PACKING.pack(weight).dequantised(weight) - weight).float().T).norm() * 1.001 + 1e-6
 
 
+@pytest.mark.parametrize("size", [1, 300, 3000])
+def test_a_few_massive_tokens_do_not_decide_for_all(size):
+    weight, x = weight_of(64, 256), inputs(256, count=1024)
+    x[:3, 17] = size * x.std()
+    found = {}
+    for name, rows in (("limited", _limited(x)), ("whole", x)):
+        changed = rounded(weight, rows.T @ rows, PACKING).dequantised(weight) - weight
+        found[name] = (x[3:] @ changed.float().T).norm()
+    nearest = (x[3:] @ (PACKING.pack(weight).dequantised(weight) - weight).float().T).norm()
+    assert found["limited"] < 0.7 * nearest
+    assert found["limited"] < 1.1 * found["whole"]
+    assert bool(found["whole"] > nearest) is (size == 3000)
+
+
 def lost(folder, model, path, rows):
     """Norm of what a linear layer's output has lost, on the inputs that it gets in the 16-bit model."""
     stock = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -135,6 +150,68 @@ def test_adapters_begin_as_what_these_values_have_lost(model, tmp_path, options)
     stock = logits(AutoModelForCausalLM.from_pretrained(model).eval()).float()
     with_it = float((logits(loaded).float() - stock).norm())
     assert with_it < 0.8 * float((logits(loaded.unload()).float() - stock).norm())
+
+
+def stops_before_shard(monkeypatch, number):
+    """Let an interrupt come before a shard is written, once."""
+    from sloth_plugins.export import writing
+
+    written = []
+    own = writing.save_shard
+
+    def save(path, tensors):
+        if len(written) == number:
+            written.append(None)
+            raise KeyboardInterrupt
+        written.append(path)
+        return own(path, tensors)
+
+    monkeypatch.setattr(writing, "save_shard", save)
+
+
+def test_other_text_does_not_go_on_with_values_of_the_first(model, tmp_path, options, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{number} {number * 7919 % 100003}\n" for number in range(20_000)))
+    options |= {"budget": "0", "rounding": "calibrated", "shard_bytes": 20_000}
+    whole = quantize(model, tmp_path / "whole", data=other, **options)
+    stops_before_shard(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", **options)
+    made = quantize(model, tmp_path / "out", data=other, **options)
+    both = [open_weights(one.folder) for one in (whole, made)]
+    assert all(torch.equal(both[0].read(name), both[1].read(name)) for name in both[0].shapes())
+
+
+def test_nothing_is_left_of_passes(model, tmp_path, options):
+    cache = tmp_path / "cache"
+    given = {**options, "cache": cache, "rounding": "calibrated"}
+    quantize(model, tmp_path / "a", budget="5%", init="svd", **given)
+    quantize(model, tmp_path / "b", budget="500%", **given)
+    assert not [path for path in cache.rglob("*") if "rounded-" in str(path)]
+    assert list(cache.glob("*/measured.json"))
+
+
+def test_a_pass_that_was_half_removed_begins_anew(model, tmp_path, options):
+    from sloth_plugins.quantization.calibration import Work
+    from sloth_plugins.quantization.rounding_pass import forget
+
+    work = Work(tmp_path / "work")
+    work.write("rounded-1/entering-3", {"hidden": torch.zeros(1)})
+    work.write("rounded-1/path", {"data": torch.zeros(1)})
+    work.write("lora-svd-4/rounded-1/path", {"A": torch.zeros(1)})
+    work.write("lora-svd-4/path", {"A": torch.zeros(1)})
+    forget(work)
+    assert [path.name for path in (tmp_path / "work").rglob("*.safetensors")] == ["path.safetensors"]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "calibrated"])
+def test_weights_beyond_the_dtype_are_told(rounding, model, tmp_path, options):
+    broken = AutoModelForCausalLM.from_pretrained(model)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "broken")
+    with pytest.raises(SlothError, match="choose dtype bfloat16"):
+        quantize(tmp_path / "broken", tmp_path / "out", budget="0", dtype="float16", rounding=rounding, **options)
 
 
 @pytest.mark.parametrize(

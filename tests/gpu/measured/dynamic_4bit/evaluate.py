@@ -49,7 +49,7 @@ def calibrated_values(given: Any, work: Work, weights: Weights, kept: set[str]) 
     from sloth_plugins.quantization import calibration
     from sloth_plugins.quantization.measuring import rows_of, streamed_of
     from sloth_plugins.quantization.packing import Packed, Packing
-    from sloth_plugins.quantization.rounding_pass import pass_name, round_layers
+    from sloth_plugins.quantization.rounding_pass import forget, pass_name, round_layers
 
     folder, packing = work.model(given.model), Packing(dtype=torch.bfloat16)
     streamed = streamed_of(open_weights(folder), packing, DEVICE)
@@ -61,6 +61,7 @@ def calibrated_values(given: Any, work: Work, weights: Weights, kept: set[str]) 
         plain = weights.plain[name]
         values = files.read(f"{pass_name(kept)}/{name}")["data"].to(DEVICE)
         found[name] = Packed(values, packing.pack(plain).state).dequantised(plain)
+    forget(files)
     return found
 
 
