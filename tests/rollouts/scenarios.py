@@ -241,7 +241,6 @@ def start_server(folder, port):
 def served(folder):
     """GRPO against a server, which dies before the last step."""
     plain_layout()
-    network(folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -323,12 +322,12 @@ def logged(trainer, name):
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
-def grpo_trainer(folder, **options):
+def grpo_trainer(folder, model="model", **options):
     given = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 12}
     given |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64, "learning_rate": 0.02, **options}
     given |= {"use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
     return GRPOTrainer(
-        model=adapted(folder / "model"),
+        model=adapted(folder / model),
         args=GRPOConfig(output_dir=str(folder / "out"), gradient_checkpointing=False, disable_tqdm=True, **given),
         reward_funcs=trainers.reward,
         train_dataset=trainers.rows(trainers.RECIPES["GRPOTrainer"].row),
@@ -363,7 +362,6 @@ def grpo(folder, selection, layout="plain", **options):
 def lonely(folder):
     """GRPO by two processes, of which the second dies in the second step."""
     plain_layout()
-    network(folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -373,7 +371,7 @@ def lonely(folder):
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     try:
         sloth_plugins.activate("trl")
-        trainer = grpo_trainer(folder, max_steps=3)
+        trainer = grpo_trainer(folder, f"model-{rank}", max_steps=3)
 
         def reward(completions, **given):
             if rank == 1 and trainer.state.global_step == 1:

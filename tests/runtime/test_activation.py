@@ -273,7 +273,7 @@ def test_patching_a_32_layer_model_takes_less_than_a_second():
         model = AutoModelForCausalLM.from_config(config)
     sloth_plugins.patch(model, "llama:rope")  # imports are not what is timed
     sloth_plugins.revert(model)
-    start = time.perf_counter()
+    start = time.process_time()  # what others do on this machine is not counted
     report = sloth_plugins.patch(model, "1")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert report.changed == 65 + 32 + 32 + 32 + 1 + 1
