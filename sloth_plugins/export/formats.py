@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SlothError, nearest
+from ..errors import SlothError, check_known
 from .changes import Base
 from .naming import checkpoint_names, skeleton
 
@@ -105,8 +105,7 @@ def dtype_of(name: str | torch.dtype | None, config: Any) -> torch.dtype:
     if name is None:
         own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
         return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
-    if name not in DTYPES:
-        raise SlothError(f"dtype {name!r} is not known{nearest(name, DTYPES)}; there are {', '.join(DTYPES)}")
+    check_known("dtype", name, DTYPES)
     return DTYPES[name]
 
 

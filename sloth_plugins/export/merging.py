@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._version import __version__
-from ..errors import SlothError, nearest
+from ..errors import SlothError, check_known
 from . import writing
 from .card import CARD, card_of
 from .checkpoint import INDEX, SINGLE
@@ -53,10 +53,7 @@ def merge(
     earlier export is replaced only with `force`. Raises SlothError for what the user must act on.
     """
     out = Path(out)
-    if method not in METHODS:
-        raise SlothError(
-            f"save_method {method!r} is not known{nearest(method, METHODS)}; there are {', '.join(METHODS)}"
-        )
+    check_known("save_method", method, METHODS)
     require_tokenizer(tokenizer)
     folders = [model_folder(Path(source))] if isinstance(source, str | Path) else []
     given = [Path(tokenizer)] if isinstance(tokenizer, str | Path) else []

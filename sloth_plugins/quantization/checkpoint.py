@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import check_known
 from ..export import writing
 from ..export.adapter import BASE_MARK
 from ..export.card import CARD, card_of
@@ -25,7 +26,7 @@ from .decision import BUDGET, SCORE, Decision, decide
 from .measuring import LENGTH, SAMPLES, Measured, measure, rows_of, source_folder, streamed_of, torch_device
 from .packing import Packing
 from .report import write_report
-from .rounding_pass import CALIBRATED, NEAREST, check_rounding, forget, pass_name, round_layers
+from .rounding_pass import CALIBRATED, NEAREST, ROUNDINGS, forget, pass_name, round_layers
 from .text import BUILTIN
 
 SHARD = 2_000_000_000
@@ -70,7 +71,7 @@ def quantize(
     from filelock import FileLock
 
     out = Path(out)
-    check_rounding(rounding)
+    check_known("rounding", rounding, ROUNDINGS)
     lora.check_init(init, rank, rounding)
     folder = source_folder(source)
     writing.check_target(out, [folder], force=force)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import SlothError, nearest
+from ..errors import SlothError, check_known
 from ..export.adapter import BASE_MARK, CONFIG, TENSORS, base_mark_of
 from ..export.progress import progress
 from ..export.weights import Weights
@@ -42,8 +42,8 @@ class Start:
 
 def check_init(init: str | None, rank: int, rounding: str) -> None:
     """Raise SlothError for an initialisation that there is not, a rank below 1, or what does not go together."""
-    if init is not None and init not in INITS:
-        raise SlothError(f"init {init!r} is not known{nearest(init, INITS)}; there are {', '.join(INITS)}")
+    if init is not None:
+        check_known("init", init, INITS)
     if rank < 1:
         raise SlothError(f"rank {rank} is no rank of an adapter; 16 is usual")
     if init == "loftq" and rounding != NEAREST:

@@ -15,7 +15,7 @@ import torch
 
 from .._version import __version__
 from ..beside import beside
-from ..errors import SlothError, nearest
+from ..errors import SlothError, check_known
 from ..export.formats import dtype_of
 from ..export.progress import progress
 from ..export.sources import cached, model_folder, tokenizer_folder
@@ -96,8 +96,7 @@ def measure(
     """
     from filelock import FileLock
 
-    if score not in NAMES:
-        raise SlothError(f"score {score!r} is not known{nearest(score, NAMES)}; there are {', '.join(NAMES)}")
+    check_known("score", score, NAMES)
     place = torch_device(device)
     folder = source_folder(source)
     rows = rows_of(folder, data, samples, length)
@@ -144,8 +143,7 @@ def torch_device(name: str | None) -> torch.device:
     """The device of that name; the GPU where there is one and none is named. Raises SlothError for one that is not."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise SlothError(f"device {name!r} is not known{nearest(name, ('cpu', 'cuda'))}; there are cpu and cuda")
+    check_known("device", name.partition(":")[0], ("cpu", "cuda"))
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise SlothError(f"device {name}: torch {torch.__version__} sees no GPU here; use cpu")
     return torch.device(name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SlothError, nearest
+from ..errors import SlothError
 from ..export.formats import Rounded
 from .calibration import Advance, Work, portions, through
 from .packing import Packing
@@ -23,14 +23,6 @@ NEAREST, CALIBRATED = "nearest", "calibrated"
 ROUNDINGS = (NEAREST, CALIBRATED)
 # By their squares.
 LIMIT = 10.0
-
-
-def check_rounding(rounding: str) -> None:
-    """Raise SlothError for a rounding that there is not."""
-    if rounding not in ROUNDINGS:
-        raise SlothError(
-            f"rounding {rounding!r} is not known{nearest(rounding, ROUNDINGS)}; there are {', '.join(ROUNDINGS)}"
-        )
 
 
 def pass_name(kept: Collection[str]) -> str:
@@ -123,13 +115,13 @@ class _Moments:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x: torch.Tensor = args[0]
             if path not in self._owner:
-                shares = self._last is not None and self._last[1] is x
-                self._owner[path] = self._owner[self._last[0]] if shares and self._last else path
+                before = self._last
+                self._owner[path] = self._owner[before[0]] if before is not None and before[1] is x else path
             self._last = path, x
             if self._owner[path] == path:
                 flat = _limited(x.flatten(0, -2).float())
-                before = self._sums.get(path)
-                self._sums[path] = flat.T @ flat if before is None else before.addmm_(flat.T, flat)
+                added = self._sums.get(path)
+                self._sums[path] = flat.T @ flat if added is None else added.addmm_(flat.T, flat)
 
         return hook
 

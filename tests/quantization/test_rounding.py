@@ -191,7 +191,7 @@ def test_nothing_is_left_of_passes(model, tmp_path, options):
     assert list(cache.glob("*/measured.json"))
 
 
-def test_a_pass_that_was_half_removed_begins_anew(model, tmp_path, options):
+def test_only_what_passes_have_left_is_forgotten(tmp_path):
     from sloth_plugins.quantization.calibration import Work
     from sloth_plugins.quantization.rounding_pass import forget
 
