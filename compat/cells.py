@@ -6,6 +6,7 @@ of an architecture run together only.
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -203,6 +204,9 @@ class Matrix:
 
     def run(self, architecture: str, kind: str, patch: str) -> Cell:
         """All checks of one cell; the first that cannot be made ends it, the others are all named."""
+        # Modules stay; a trainer, which collects garbage whenever it begins, is not to look through them.
+        gc.collect()
+        gc.freeze()
         cell, start = Cell(kind, patch), time.monotonic()
         try:
             self._run(cell, architecture, kind, patch)

@@ -1,11 +1,19 @@
 """What several folders of tests share."""
 
+import gc
 import os
 
 import pytest
 
 # The tests choose for themselves; a flag in the shell must not activate the patches in the test process.
 os.environ.pop("SLOTH_PLUGINS", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage():
+    """Whenever a trainer begins it collects garbage: half a second of looking through all modules that are imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
