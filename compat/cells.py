@@ -314,6 +314,7 @@ def main(file: Path, part: int = 0, of: int = 1, *, few: bool = False) -> int:
             cell = matrix.run(architecture, kind, patch)
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(asdict(cell)) + "\n")
+    gc.unfreeze()  # extension modules complain of what nobody frees at the end
     return 0
 
 

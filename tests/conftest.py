@@ -16,6 +16,11 @@ def _imports_are_no_garbage():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Extension modules complain of what nobody frees at the end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _inactive():
     """No test leaves the seams open or a module's function replaced."""

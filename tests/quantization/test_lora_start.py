@@ -63,10 +63,35 @@ def test_loftq_loses_less_than_one_round(weight):
     assert left("loftq") < left("svd") < float(lost(weight).norm())
 
 
-def test_a_rank_beyond_the_weight_is_padded(weight):
+def test_a_rank_beyond_the_weight_begins_with_nothing(weight):
     down, up = _low_rank(lost(weight), torch.ones(128), 200)
     assert (down.shape, up.shape) == ((200, 128), (96, 200))
     assert torch.allclose(up @ down, lost(weight), atol=1e-4)
+    assert not up[:, 96:].any()
+    assert down[96:].any(1).all()  # or gradients of both would be zero for ever
+
+
+@pytest.mark.parametrize("init", ["svd", "qera", "loftq"])
+def test_a_is_as_large_as_peft_draws_it(weight, init):
+    scale = torch.rand(128, generator=torch.Generator().manual_seed(3)) + 0.1
+    down = _factors(weight, scale, Start(init, RANK, {}), PACKING, None)["A"]
+    drawn = torch.nn.init.kaiming_uniform_(torch.empty(4096, 128), a=5**0.5)
+    assert torch.allclose(down.norm(dim=1), drawn.norm(dim=1).mean(), rtol=0.01)
+
+
+def test_random_numbers_of_the_caller_stay(weight):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    _low_rank(lost(weight), torch.ones(128), RANK)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_weight_that_loses_nothing_begins_with_nothing():
+    down, up = _low_rank(torch.zeros(96, 128), torch.ones(128), RANK)
+    assert torch.isfinite(down).all()
+    assert down.any(1).all()
+    assert not up.any()
 
 
 @pytest.fixture
