@@ -265,7 +265,7 @@ def served(folder):
     tick("before")
     try:
         sloth_plugins.activate("trl")
-        address = {"vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 40}
+        address = {"vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 240}
         trainer = grpo_trainer(folder, max_steps=3, vllm_mode="server", **address)
         tick("server")
         trainer.add_callback(Watch())
