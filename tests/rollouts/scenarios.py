@@ -6,7 +6,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ import torch
 import trainers
 import transformers
 from accelerate import Accelerator
+from launching import free_port
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_client, vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
@@ -241,9 +241,8 @@ def start_server(folder, port):
 def served(folder):
     """GRPO against a server, which dies before the last step."""
     plain_layout()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    network(folder / "model")
+    port = free_port()
     server = start_server(folder / "model", port)
     found = {}
     # That much in the middle of training, before it is given up.
@@ -266,7 +265,8 @@ def served(folder):
     try:
         sloth_plugins.activate("trl")
         address = {"vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 240}
-        trainer = grpo_trainer(folder, max_steps=3, vllm_mode="server", **address)
+        # The same weights, in a folder that the server does not read meanwhile.
+        trainer = grpo_trainer(folder, "trained", max_steps=3, vllm_mode="server", **address)
         tick("server")
         trainer.add_callback(Watch())
         before = copies(trainer.model)
@@ -362,9 +362,7 @@ def grpo(folder, selection, layout="plain", **options):
 def lonely(folder):
     """GRPO by two processes, of which the second dies in the second step."""
     plain_layout()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     other = os.fork()
     rank = 0 if other else 1
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
