@@ -29,6 +29,12 @@ class Work:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def alone(self) -> Any:
+        """A context in which no other process is that uses the same folder; it waits for those that do."""
+        from filelock import FileLock
+
+        return FileLock(self.folder.with_suffix(".lock"))
+
     def has(self, name: str) -> bool:
         """Whether an earlier run, or this one, has written it."""
         return self._file(name).is_file()

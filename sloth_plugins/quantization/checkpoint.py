@@ -68,8 +68,6 @@ def quantize(
     all is written; an interrupted run goes on where it stopped. An earlier export is replaced only with `force`. Raises
     SlothError for what the user must act on.
     """
-    from filelock import FileLock
-
     out = Path(out)
     check_known("rounding", rounding, ROUNDINGS)
     lora.check_init(init, rank, rounding)
@@ -86,7 +84,7 @@ def quantize(
     packed = [linear for linear in measurement.linears if linear.name not in decision.kept]
     facts = {"data": str(data), "rounding": rounding, "init": f"{init}, rank {rank}" if init else None}
     # Others that write from the same measurement make and remove the same files.
-    with FileLock(work.folder.with_suffix(".lock")):
+    with work.alone():
         values: dict[str, str] = {}
         if rounding == CALIBRATED and packed:
             rows = rows_of(folder, data, samples, length)

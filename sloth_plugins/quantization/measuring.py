@@ -94,8 +94,6 @@ def measure(
     one decoder layer at a time. Partial results stay in the cache, so that an interrupted run goes on where it stopped.
     Raises SlothError for what the user must act on.
     """
-    from filelock import FileLock
-
     check_known("score", score, NAMES)
     place = torch_device(device)
     folder = source_folder(source)
@@ -108,7 +106,7 @@ def measure(
     work = Work(cache_folder(cache) / inputs)
     work.folder.mkdir(parents=True, exist_ok=True)
     # Of processes that load the same model side by side one measures, and the others wait for it.
-    with FileLock(work.folder.with_suffix(".lock")):
+    with work.alone():
         return _measure(weights, rows, packing, place, score, work)
 
 

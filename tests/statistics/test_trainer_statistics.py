@@ -44,12 +44,15 @@ def test_reporters_and_the_history_get_what_is_added_and_all_that_was_there(tmp_
     assert logged(after, SPEED) == [log[SPEED] for log in ours.logs if SPEED in log]
 
 
-def test_the_numbers_hold_together(tmp_path, clock):
-    class Slow(Trainer):
-        def training_step(self, *args, **kwargs):
-            time.sleep(0.05)
-            return super().training_step(*args, **kwargs)
+class Slow(Trainer):
+    """Each micro-batch takes its time."""
 
+    def training_step(self, *args, **kwargs):
+        time.sleep(0.05)
+        return super().training_step(*args, **kwargs)
+
+
+def test_the_numbers_hold_together(tmp_path, clock):
     made = patched(tmp_path, Slow, max_steps=6, logging_steps=2, gradient_accumulation_steps=2)
     made.train()
     for seconds, speed, peak in zip(*(logged(made, name) for name in (SECONDS, SPEED, PEAK)), strict=True):
@@ -62,11 +65,7 @@ def test_the_numbers_hold_together(tmp_path, clock):
 
 
 def test_evaluation_and_saving_are_no_training(tmp_path, clock):
-    class Slow(Trainer):
-        def training_step(self, *args, **kwargs):
-            time.sleep(0.05)
-            return super().training_step(*args, **kwargs)
-
+    class Saving(Slow):
         def _save_checkpoint(self, *args, **kwargs):
             time.sleep(3)
             return super()._save_checkpoint(*args, **kwargs)
@@ -76,7 +75,7 @@ def test_evaluation_and_saving_are_no_training(tmp_path, clock):
         return {}
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    made = patched(tmp_path, Slow, compute_metrics=metrics, **options)
+    made = patched(tmp_path, Saving, compute_metrics=metrics, **options)
     made.train()
     assert len(logged(made, "eval_loss")) == 4
     assert logged(made, SECONDS) == pytest.approx([0.05] * 4)
