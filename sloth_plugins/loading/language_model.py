@@ -32,8 +32,8 @@ class FastLanguageModel:
         A Trainer's output folder gives its newest checkpoint, an adapter's folder a PeftModel that goes on training.
         Without `dtype` it is bfloat16 where the card computes in it, else float16, and float32 without a card.
         `load_in_4bit` is NF4 with double quantisation; "dynamic" keeps the linear layers in 16 bits that it costs most,
-        measured on the model once and remembered, within 10% more bytes, or as "dynamic:600MiB" says. A checkpoint that
-        is quantised already is loaded as it is.
+        within 10% more bytes, or as "dynamic:600MiB" says, and chooses the 4-bit values of the others, by what is
+        measured on the model once and remembered. A checkpoint that is quantised already is loaded as it is.
         `max_seq_length`, in tokens, is what the tokenizer cuts at where it is asked to; the model computes any length.
 
         `rope_scaling` replaces the config's; `random_state` seeds all generators; `tokenizer_name`,

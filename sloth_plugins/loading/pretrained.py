@@ -18,6 +18,8 @@ from .checkpointing import set_checkpointing, terms
 if TYPE_CHECKING:
     import torch
 
+    from ..quantization.on_the_fly import OnTheFly
+
 # Options of other loaders about their own inference engines, files and kernels.
 IGNORED = (
     *("fast_inference", "gpu_memory_utilization", "max_lora_rank", "float8_kv_cache", "disable_log_stats"),
@@ -190,17 +192,25 @@ def _load(name: str, load_in_4bit: bool | str, load_in_8bit: bool, options: dict
         config = AutoConfig.from_pretrained(base, **({} if is_adapter else hub), **trusted)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from None
-    quantised = getattr(config, "quantization_config", None)
+    quantised, on_the_fly = getattr(config, "quantization_config", None), None
     if options.get("rope_scaling"):
         options = {**options, **_rope(config, options["rope_scaling"])}
     if quantised is None and (load_in_4bit or load_in_8bit):
-        config = _dynamic(base, load_in_4bit, options) if isinstance(load_in_4bit, str) else None
-        options = {**options, "quantization_config": config or _bits(bool(load_in_4bit), options["dtype"])}
+        if isinstance(load_in_4bit, str):
+            on_the_fly = _dynamic(base, load_in_4bit, options)
+            config = on_the_fly.config(_compute_dtype(options["dtype"]))
+        else:
+            config = _bits(bool(load_in_4bit), options["dtype"])
+        options = {**options, "quantization_config": config}
     elif quantised is not None and not _is(quantised, bool(load_in_4bit), load_in_8bit):
         say(f"{name} is quantised already ({_described(quantised)}), and is loaded as it is")
     if is_adapter:
-        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    if on_the_fly is not None:
+        on_the_fly.put_values(model)
+    return model
 
 
 def _bits(four: bool, dtype: Any) -> Any:
@@ -217,18 +227,17 @@ def _bits(four: bool, dtype: Any) -> Any:
     )
 
 
-def _dynamic(base: str, asked: str, options: dict[str, Any]) -> Any:
+def _dynamic(base: str, asked: str, options: dict[str, Any]) -> OnTheFly:
     """NF4 but for the linear layers that it costs most, measured on the model itself, which the Hub is asked for."""
-    from ..quantization.decision import BUDGET, dynamic_config
+    from ..quantization.decision import BUDGET
+    from ..quantization.on_the_fly import OnTheFly
 
     if not Path(base).exists():
         from huggingface_hub import snapshot_download
 
         hub = {key: options[key] for key in ("token", "revision", "cache_dir") if key in options}
         base = snapshot_download(base, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"], **hub)
-    found = dynamic_config(base, budget=asked.partition(":")[2] or BUDGET)
-    found.bnb_4bit_compute_dtype = _compute_dtype(options["dtype"])
-    return found
+    return OnTheFly.decided(base, asked.partition(":")[2] or BUDGET)
 
 
 def _compute_dtype(dtype: Any) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,16 @@ from ..export.adapter import BASE_MARK
 from ..export.card import CARD, card_of
 from ..export.formats import FourBit, dtype_of
 from ..export.merging import inputs_of, layout_of, write_config, write_index, write_shards
-from ..export.progress import progress
 from ..export.sources import tokenizer_folder
 from ..export.tokenizers import save_tokenizer
-from ..export.weights import Weights, open_weights
+from ..export.weights import open_weights
 from . import lora
 from .calibration import Work
 from .decision import BUDGET, SCORE, Decision, decide
-from .measuring import LENGTH, SAMPLES, Measured, measure, rows_of, source_folder, streamed_of, torch_device
+from .measuring import LENGTH, SAMPLES, measure, rows_of, source_folder, torch_device
 from .packing import Packing
 from .report import write_report
-from .rounding_pass import CALIBRATED, NEAREST, ROUNDINGS, forget, pass_name, round_layers
+from .rounding_pass import CALIBRATED, NEAREST, ROUNDINGS, chosen_values, forget
 from .text import BUILTIN
 
 SHARD = 2_000_000_000
@@ -52,7 +50,7 @@ def quantize(
     score: str = SCORE,
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
-    rounding: str = NEAREST,
+    rounding: str | None = None,
     init: str | None = None,
     rank: int = 16,
     cache: str | Path | None = None,
@@ -61,14 +59,15 @@ def quantize(
 ) -> Quantised:
     """Write the model of `source` in NF4 into the folder `out`, all but what costs most in 4 bits within `budget`.
 
-    Options are those of `dynamic_config`. `rounding` "calibrated" chooses the 4-bit values of each layer by what it
-    computes from the same text, where "nearest" rounds each weight alone. With `init` ("qera", "svd", "loftq")
-    `out/adapter` is a LoRA of `rank` that begins as what quantisation has lost; `load_with_adapter(out)` loads both.
-    quantization_report.json, .txt and .png say what stays in 16 bits and why. Nothing is under the name `out` before
-    all is written; an interrupted run goes on where it stopped. An earlier export is replaced only with `force`. Raises
-    SlothError for what the user must act on.
+    Options are those of `dynamic_config`. `rounding` "calibrated", the default, chooses the 4-bit values of each layer
+    by what it computes of the same text; "nearest", which loftq takes, rounds each weight alone. With `init` ("qera",
+    "svd", "loftq") `out/adapter` is a LoRA of `rank` that begins as what quantisation has lost;
+    `load_with_adapter(out)` loads both. quantization_report.json, .txt and .png say what stays in 16 bits and why.
+    Nothing is under the name `out` before all is written; an interrupted run goes on where it stopped. An earlier
+    export is replaced only with `force`. Raises SlothError for what the user must act on.
     """
     out = Path(out)
+    rounding = rounding or (NEAREST if init == "loftq" else CALIBRATED)
     check_known("rounding", rounding, ROUNDINGS)
     lora.check_init(init, rank, rounding)
     folder = source_folder(source)
@@ -88,7 +87,8 @@ def quantize(
         values: dict[str, str] = {}
         if rounding == CALIBRATED and packed:
             rows = rows_of(folder, data, samples, length)
-            values = _chosen_values(weights, rows, packed, decision.kept, packing, place, work)
+            paths = [linear.name for linear in packed]
+            values = chosen_values(weights, rows, paths, decision.kept, packing, place, work)
         start = None if init is None else lora.Start(init, rank, values)
         if start is not None:
             lora.initialise(weights, packed, work.read("inputs"), start, packing, place, work)
@@ -114,22 +114,6 @@ def quantize(
         if values:
             forget(work)
     return Quantised(folder=out, decision=decision)
-
-
-def _chosen_values(
-    weights: Weights,
-    rows: torch.Tensor,
-    packed: list[Measured],
-    kept: Collection[str],
-    packing: Packing,
-    place: torch.device,
-    work: Work,
-) -> dict[str, str]:
-    """The files in `work` with the 4-bit values of each linear layer of `packed`, by its path."""
-    streamed = streamed_of(weights, packing, place)
-    with progress("choosing 4-bit values", streamed.bytes) as advance:
-        round_layers(streamed, rows, kept, packing, work, advance)
-    return {linear.name: f"{pass_name(kept)}/{linear.name}" for linear in packed}
 
 
 class _Form(FourBit):

@@ -20,8 +20,9 @@ def quantize(
         str, typer.Option(help="fisher, sequence, diagonal, activation, weight, relative; kl: the slow truth")
     ] = "fisher",
     rounding: Annotated[
-        str, typer.Option(help="of weights to 4 bits: nearest, or calibrated, by what the layer computes of the text")
-    ] = "nearest",
+        str | None,
+        typer.Option(help="of weights: calibrated, by what their layer computes of the text (default); nearest"),
+    ] = None,
     init: Annotated[
         str | None,
         typer.Option("--lora-init", help="qera, svd or loftq: an adapter that begins as what 4 bits have lost"),

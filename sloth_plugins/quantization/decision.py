@@ -99,19 +99,27 @@ def dynamic_config(
     4 bits or bytes such as "600MiB". `dtype` is what is computed in and what stays in 16 bits: the model's own where it
     has 16 bits, else bfloat16.
 
+    The 4-bit values are then bitsandbytes' own, the nearest; `quantize`, and `FastLanguageModel.from_pretrained(...,
+    load_in_4bit="dynamic")`, choose them by calibration as well.
+
     The config has NF4 with double quantisation, and in `llm_int8_skip_modules` the whole paths of all linear layers
     that stay in 16 bits and `lm_head`: the same modules on every version of transformers. Raises SlothError, a line for
     the user, for text that is too short or none, a model that is 4-bit already, and for unknown options.
     """
-    from transformers import BitsAndBytesConfig
-
     from ..export.checkpoint import read_config
-    from ..export.formats import NF4, dtype_of
+    from ..export.formats import dtype_of
     from .measuring import source_folder
 
     measurement = measure(
         model, data=data, samples=samples, length=length, score=score, dtype=dtype, device=device, cache=cache
     )
-    compute = dtype_of(dtype, read_config(source_folder(model)))
-    skip = decide(measurement, budget, score).skip
-    return BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=skip)
+    return config_of(decide(measurement, budget, score), dtype_of(dtype, read_config(source_folder(model))))
+
+
+def config_of(decision: Decision, compute: torch.dtype) -> Any:
+    """The BitsAndBytesConfig that says it, for computing in a dtype."""
+    from transformers import BitsAndBytesConfig
+
+    from ..export.formats import NF4
+
+    return BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=decision.skip)

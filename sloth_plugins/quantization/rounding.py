@@ -9,6 +9,8 @@ inputs' squares).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,20 +18,59 @@ from .packing import Packed, Packing
 
 # Of the mean square of all inputs, added to that of each: inputs that were rarely seen do not decide.
 DAMPING = 0.01
+# Beyond that there is nothing left to be told from chance.
+MOST_CHANCE = 0.999
 # Columns whose effect on all later ones is added up before it is applied.
 BLOCK = 128
 
 
-def rounded(weight: torch.Tensor, second: torch.Tensor, packing: Packing) -> Packed:
-    """A weight [rows, columns] in 4 bits for inputs x with the second moments E[x x^T], fp32 [columns, columns].
+@dataclass(slots=True)
+class Inputs:
+    """What a layer got: over `count` inputs x the sum of x x^T, fp32 [columns, columns], and of |x|^4, fp64."""
 
-    All on one device, and finite. Where the moments say nothing, as for inputs that are all zero, it is rounded weight
-    by weight.
+    second: torch.Tensor
+    fourth: torch.Tensor
+    count: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Inputs:
+        """Of inputs [n, columns], fp32."""
+        return cls(x.T @ x, x.double().square().sum(1).square().sum(), len(x))
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in more inputs [n, columns], fp32."""
+        self.second.addmm_(x.T, x)
+        self.fourth += x.double().square().sum(1).square().sum()
+        self.count += len(x)
+
+    @property
+    def damping(self) -> float:
+        """What is added to the square of each input, summed as they are.
+
+        So much that of few inputs, whose moments are mostly chance, no more is believed than they can tell (Ledoit and
+        Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices": the share of the identity
+        in the combination with it that is nearest to the true moments).
+        """
+        columns, mean = len(self.second), float(self.second.diagonal().mean())
+        squares = float(self.second.norm()) ** 2
+        spread = squares - columns * mean**2
+        chance = max(0.0, float(self.fourth) - squares / max(1, self.count))
+        share = min(chance / spread, MOST_CHANCE) if spread > 0 else MOST_CHANCE
+        return max(DAMPING, share / (1 - share)) * mean
+
+
+def rounded(weights: Sequence[torch.Tensor], inputs: Inputs, packing: Packing) -> list[Packed]:
+    """Weights [rows, columns] that read the same inputs, in 4 bits.
+
+    All on one device, and finite. Where the inputs say nothing, as those that are all zero, each weight is rounded
+    alone.
     """
-    packed = packing.pack(weight)
-    exact = weight.to(packing.dtype).float()
-    chosen = _codes(exact, _scales(packed, weight), second.float(), _values(packed))
-    return Packed(_joined(chosen).view_as(packed.data), packed.state)
+    packed = [packing.pack(weight) for weight in weights]
+    # Rows are rounded side by side, whichever weight they are of.
+    exact = torch.cat([weight.to(packing.dtype) for weight in weights]).float()
+    scales = torch.cat([_scales(one, weight) for one, weight in zip(packed, weights, strict=True)])
+    codes = torch.split(_codes(exact, scales, inputs, _values(packed[0])), [len(weight) for weight in weights])
+    return [Packed(_joined(part).view_as(one.data), one.state) for part, one in zip(codes, packed, strict=True)]
 
 
 def _values(packed: Packed) -> torch.Tensor:
@@ -48,10 +89,10 @@ def _scales(packed: Packed, weight: torch.Tensor) -> torch.Tensor:
     return found.reshape(weight.shape)
 
 
-def _codes(weight: torch.Tensor, scales: torch.Tensor, second: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _codes(weight: torch.Tensor, scales: torch.Tensor, inputs: Inputs, values: torch.Tensor) -> torch.Tensor:
     """Which value each weight gets, uint8 [rows, columns]."""
-    order = second.diagonal().argsort(descending=True)
-    factor = _factor(second[order][:, order])
+    order = inputs.second.diagonal().argsort(descending=True)
+    factor = _factor(inputs.second[order][:, order], inputs.damping or 1.0)
     between = (values[1:] + values[:-1]) / 2
     # A column at a time is read and written: here they lie in memory one after the other.
     left, scales = weight.T[order].contiguous(), scales.T[order].contiguous()
@@ -70,10 +111,9 @@ def _codes(weight: torch.Tensor, scales: torch.Tensor, second: torch.Tensor, val
     return chosen[order.argsort()].T.contiguous()
 
 
-def _factor(second: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the moments, damped in place as far as they need it."""
+def _factor(second: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of the moments, damped in place so far, or as far as they need it."""
     diagonal = second.diagonal()
-    damping = DAMPING * float(diagonal.mean()) or 1.0
     while True:
         diagonal.add_(damping)
         factor, failed = torch.linalg.cholesky_ex(second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch import nn
 
 from ..errors import SlothError
 from ..export.formats import Rounded
+from ..export.progress import progress
+from ..export.weights import Weights
 from .calibration import Advance, Work, portions, through
+from .measuring import streamed_of
 from .packing import Packing
-from .rounding import DAMPING, rounded
+from .rounding import DAMPING, Inputs, rounded
 from .streaming import Call, Linear, Streamed
 
 NEAREST, CALIBRATED = "nearest", "calibrated"
@@ -31,6 +34,27 @@ def pass_name(kept: Collection[str]) -> str:
     return f"rounded-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 
+def chosen_values(
+    weights: Weights,
+    rows: torch.Tensor,
+    paths: Iterable[str],
+    kept: Collection[str],
+    packing: Packing,
+    place: torch.device,
+    work: Work,
+) -> dict[str, str]:
+    """The files in `work`, by path, with the 4-bit values `data` of the linear layers `paths`, all but those of `kept`.
+
+    What is there already is not chosen again. `rows` are ids [n, tokens].
+    """
+    files = {path: f"{pass_name(kept)}/{path}" for path in paths}
+    if not all(work.has(file) for file in files.values()):
+        streamed = streamed_of(weights, packing, place)
+        with progress("choosing 4-bit values", streamed.bytes) as advance:
+            round_layers(streamed, rows, kept, packing, work, advance)
+    return files
+
+
 def round_layers(
     streamed: Streamed, rows: torch.Tensor, kept: Collection[str], packing: Packing, work: Work, advance: Advance
 ) -> None:
@@ -40,29 +64,37 @@ def round_layers(
     by then. Of an interrupted run what is there is kept; `advance` gets the bytes of weights that were read.
     """
     name, last = pass_name(kept), len(streamed.layers)
-    begun = next((index for index in range(last, 0, -1) if work.has(f"{name}/entering-{index}")), 0)
+    begun = next((index for index in range(last - 1, 0, -1) if work.has(f"{name}/entering-{index}")), 0)
     hidden, calls = streamed.embed(rows)
     for index in range(last):
         if index >= begun:
             if index:
                 hidden = work.read(f"{name}/entering-{index}")["hidden"]
             linears = [linear for linear in streamed.linears[index] if linear.name not in kept]
-            out = _round_layer(streamed, index, linears, hidden, calls[index], packing, work, name)
-            work.write(f"{name}/entering-{index + 1}", {"hidden": out})
+            with _rounded_layer(streamed, index, linears, hidden, calls[index], packing, work, name) as layer:
+                if index + 1 < last:
+                    out = through(streamed, layer, hidden, calls[index])
+                    work.write(f"{name}/entering-{index + 1}", {"hidden": out})
             work.drop(f"{name}/entering-{index}")
         advance(streamed.layer_bytes(index))
 
 
-def forget(work: Work) -> None:
-    """Remove what passes have left, those that were never finished too, and adapters that begin as what they lost."""
+def forget(work: Work, but: str | None = None) -> None:
+    """Remove what passes have left, those that were never finished too, and adapters that begin as what they lost.
+
+    `but` names a pass that stays.
+    """
     for folder in (*work.folder.glob("rounded-*"), *work.folder.glob("lora-*/rounded-*")):
+        if folder.name == but:
+            continue
         # First what says how far a pass has come: one that is half removed begins anew.
         for file in folder.glob("entering-*"):
             file.unlink()
         shutil.rmtree(folder)
 
 
-def _round_layer(
+@contextmanager
+def _rounded_layer(
     streamed: Streamed,
     index: int,
     linears: list[Linear],
@@ -71,24 +103,29 @@ def _round_layer(
     packing: Packing,
     work: Work,
     name: str,
-) -> torch.Tensor:
-    """What the layer gives for `hidden` once it is rounded."""
+) -> Iterator[nn.Module]:
+    """The layer within a context, rounded for `hidden`, with its values written."""
     with streamed.layer(index) as layer, torch.no_grad():
         modules = {linear.name: streamed.module_of(layer, linear) for linear in linears}
+        weights = {linear.name: linear.weight for linear in linears}
         with _moments(modules) as moments:
             for part in portions(hidden):
                 streamed.call(layer, part.to(streamed.device), call)
-        for linear in linears:
-            second, module = moments.of(linear.name), modules[linear.name]
-            if second is not None and not bool(torch.isfinite(second).all()):
-                raise SlothError(f"{linear.name} gets inputs that are not finite; the model computes NaN or infinity")
-            # As it is stored, which need not be what the layer computes in; beyond the dtype's range that is said.
-            stored = Rounded(packing.dtype).stored(linear.weight, streamed.weights.read(linear.weight))[linear.weight]
-            weight = stored.to(streamed.device)
-            packed = packing.pack(weight) if second is None else rounded(weight, second, packing)
-            work.write(f"{name}/{linear.name}", {"data": packed.data})
-            module.weight.data = packed.dequantised(module.weight.data)
-        return through(streamed, layer, hidden, call)
+        for inputs, group in moments.groups():
+            if inputs is not None and not bool(torch.isfinite(inputs.second).all()):
+                raise SlothError(f"{group[0]} gets inputs that are not finite; the model computes NaN or infinity")
+            plain = [_stored(streamed, weights[path], packing) for path in group]
+            packed = [packing.pack(weight) for weight in plain] if inputs is None else rounded(plain, inputs, packing)
+            for path, one in zip(group, packed, strict=True):
+                work.write(f"{name}/{path}", {"data": one.data})
+                modules[path].weight.data = one.dequantised(modules[path].weight.data)
+        yield layer
+
+
+def _stored(streamed: Streamed, weight: str, packing: Packing) -> torch.Tensor:
+    """A weight as it is stored, which need not be what its layer computes in; beyond the dtype's range that is said."""
+    stored = Rounded(packing.dtype).stored(weight, streamed.weights.read(weight))[weight]
+    return stored.to(streamed.device)
 
 
 def _limited(x: torch.Tensor) -> torch.Tensor:
@@ -104,8 +141,9 @@ def _limited(x: torch.Tensor) -> torch.Tensor:
 class _Moments:
     """Sums of x x^T over the inputs of linear layers, once for those that get the very same tensor."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = list(paths)
+        self._inputs: dict[str, Inputs] = {}
         self._owner: dict[str, str] = {}
         self._last: tuple[str, torch.Tensor] | None = None
 
@@ -120,20 +158,26 @@ class _Moments:
             self._last = path, x
             if self._owner[path] == path:
                 flat = _limited(x.flatten(0, -2).float())
-                added = self._sums.get(path)
-                self._sums[path] = flat.T @ flat if added is None else added.addmm_(flat.T, flat)
+                if path in self._inputs:
+                    self._inputs[path].add(flat)
+                else:
+                    self._inputs[path] = Inputs.of(flat)
 
         return hook
 
-    def of(self, path: str) -> torch.Tensor | None:
-        """The sum [columns, columns] for a layer; None for one that got nothing."""
-        owner = self._owner.get(path)
-        return None if owner is None else self._sums[owner]
+    def groups(self) -> Iterator[tuple[Inputs | None, list[str]]]:
+        """The layers that got the same, with what they got; None for each that got nothing."""
+        for path in self._paths:
+            owner = self._owner.get(path)
+            if owner is None:
+                yield None, [path]
+            elif owner == path:
+                yield self._inputs[path], [other for other in self._paths if self._owner.get(other) == path]
 
 
 @contextmanager
 def _moments(modules: dict[str, nn.Linear]) -> Iterator[_Moments]:
-    found = _Moments()
+    found = _Moments(modules)
     handles = [module.register_forward_pre_hook(found.watch(path)) for path, module in modules.items()]
     try:
         yield found

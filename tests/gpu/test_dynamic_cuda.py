@@ -6,7 +6,7 @@ from tiny_models import ids, logits, save_model
 from transformers import AutoModelForCausalLM
 
 from sloth_plugins import FastLanguageModel
-from sloth_plugins.quantization import decision, measure, quantize
+from sloth_plugins.quantization import measure, on_the_fly, quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -54,10 +54,11 @@ def test_exactly_the_listed_modules_stay_in_16_bits(made):
 
 
 def test_loading_on_the_fly_computes_the_same(model, made, monkeypatch):
-    monkeypatch.setattr(decision, "measure", lambda *args, **options: measure(*args, **options | SHORT))
+    monkeypatch.setattr(on_the_fly, "SAMPLES", SHORT["samples"])
+    monkeypatch.setattr(on_the_fly, "LENGTH", SHORT["length"])
     written = logits(load(made.folder), rows())
-    on_the_fly, _ = FastLanguageModel.from_pretrained(str(model), 64, torch.bfloat16, load_in_4bit=f"dynamic:{BUDGET}")
-    found = logits(on_the_fly.eval(), rows())
+    loaded, _ = FastLanguageModel.from_pretrained(str(model), 64, torch.bfloat16, load_in_4bit=f"dynamic:{BUDGET}")
+    found = logits(loaded.eval(), rows())
     assert written.isfinite().all()
     assert torch.equal(found, written)
     plain = logits(load(model), rows())

@@ -44,10 +44,15 @@ def test_exactly_the_listed_modules_stay_in_16_bits(made):
     assert kept | {"lm_head"} <= set(listed)
 
 
-def test_weights_are_what_bitsandbytes_makes_of_them_or_untouched(model, made):
-    original, written = open_weights(model), open_weights(made.folder)
+@pytest.fixture
+def nearest(model, tmp_path, options):
+    return quantize(model, tmp_path / "nearest", budget="12%", rounding="nearest", **options)
+
+
+def test_weights_are_what_bitsandbytes_makes_of_them_or_untouched(model, nearest):
+    original, written = open_weights(model), open_weights(nearest.folder)
     assert written.shapes() == original.shapes()
-    in_4_bits = {f"{name}.weight" for name in kinds(load(made.folder))["Linear4bit"]}
+    in_4_bits = {f"{name}.weight" for name in kinds(load(nearest.folder))["Linear4bit"]}
     assert in_4_bits
     for name in original.shapes():
         expected = original.read(name)
@@ -56,10 +61,10 @@ def test_weights_are_what_bitsandbytes_makes_of_them_or_untouched(model, made):
         assert torch.equal(written.read(name).bfloat16(), expected), name
 
 
-def test_loading_on_the_fly_gives_the_same_weights(model, made, options):
+def test_by_its_config_stock_transformers_load_the_same_weights(model, nearest, options):
     config = dynamic_config(model, budget="12%", **options)
-    assert config.llm_int8_skip_modules == made.decision.skip
-    loaded, written = load(model, quantization_config=config), load(made.folder)
+    assert config.llm_int8_skip_modules == nearest.decision.skip
+    loaded, written = load(model, quantization_config=config), load(nearest.folder)
     assert kinds(loaded) == kinds(written)
     assert torch.equal(logits(loaded), logits(written))
 

@@ -60,11 +60,14 @@ def test_the_slow_truth_goes_on_too(model, tmp_path, options, stops_at):
     assert len(loaded) < 9
 
 
-def test_another_budget_costs_no_pass(model, tmp_path, options, stops_at):
+@pytest.mark.parametrize(("rounding", "layers"), [("nearest", []), ("calibrated", [0, 1, 2])])
+def test_another_budget_is_not_measured_again(model, tmp_path, options, stops_at, rounding, layers):
+    """Values alone are chosen for each."""
+    options |= {"rounding": rounding}
     quantize(model, tmp_path / "ten", **options)
     loaded = stops_at(0)
     quantize(model, tmp_path / "twenty", budget="20%", **options)
-    assert loaded == []
+    assert loaded == layers
 
 
 @pytest.mark.parametrize("change", [{"samples": 5}, {"length": 33}, {"data": "text"}])

@@ -12,7 +12,8 @@ from sloth_plugins.export import open_weights
 from sloth_plugins.quantization import load_with_adapter, quantize
 from sloth_plugins.quantization.measuring import rows_of
 from sloth_plugins.quantization.packing import Packing
-from sloth_plugins.quantization.rounding import rounded
+from sloth_plugins.quantization.rounding import Inputs
+from sloth_plugins.quantization.rounding import rounded as rounded_together
 from sloth_plugins.quantization.rounding_pass import _limited
 
 PACKING = Packing(dtype=torch.bfloat16)
@@ -29,6 +30,11 @@ def weight_of(rows, columns):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
+def rounded(weight, second, packing):
+    """One weight alone, by moments that are beyond doubt."""
+    return rounded_together([weight], Inputs(second, torch.tensor(0.0), 1), packing)[0]
+
+
 @pytest.mark.parametrize("shape", [(48, 128), (7, 192), (3, 65), (64, 100)], ids=str)
 def test_the_output_is_nearer_than_that_of_the_nearest_values(shape):
     """With scales over whole rows, and with blocks that begin in one row and end in the next."""
@@ -39,6 +45,49 @@ def test_the_output_is_nearer_than_that_of_the_nearest_values(shape):
     assert torch.equal(found.state.absmax, packed.state.absmax)
     errors = [(x @ (one.dequantised(weight) - weight).float().T).norm() for one in (found, packed)]
     assert errors[0] < 0.75 * errors[1]
+
+
+def test_layers_that_read_the_same_inputs_are_rounded_as_each_alone():
+    weights, seen = [weight_of(rows, 65) for rows in (7, 64, 1)], Inputs.of(inputs(65))
+    for weight, one in zip(weights, rounded_together(weights, seen, PACKING), strict=True):
+        (alone,) = rounded_together([weight], seen, PACKING)
+        assert torch.equal(one.data, alone.data)
+        assert torch.equal(one.dequantised(weight), alone.dequantised(weight))
+
+
+def test_inputs_are_the_same_in_parts():
+    whole, parts = Inputs.of(inputs(96)), Inputs.of(inputs(96)[:7])
+    parts.add(inputs(96)[7:300])
+    parts.add(inputs(96)[300:])
+    assert parts.count == whole.count == 512
+    torch.testing.assert_close(parts.second, whole.second, rtol=0, atol=1e-6 * float(whole.second.max()))
+    assert parts.damping == pytest.approx(whole.damping)
+
+
+def test_damping_against_the_estimator_by_its_definition():
+    """Ledoit and Wolf's share of the identity, token by token in fp64."""
+    x = inputs(96, count=40)
+    moments = x.double().T @ x.double() / 40
+    mean = moments.trace() / 96
+    spread = (moments - mean * torch.eye(96)).square().sum()
+    chance = sum((row[:, None] * row - moments).square().sum() for row in x.double()) / 40**2
+    share = float(chance / spread)
+    assert 0.01 < share < 0.5
+    assert Inputs.of(x).damping == pytest.approx(share / (1 - share) * float(mean) * 40, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [4, 32, 200, 1000])
+@pytest.mark.parametrize(("rank", "at_most"), [(0, 1.03), (16, 0.9)], ids=["chance", "in common"])
+def test_few_tokens_do_not_make_others_worse(count, rank, at_most):
+    draw = torch.Generator().manual_seed(0)
+    mix = 3 * torch.randn(rank, 256, generator=draw)
+    seen, unseen = (
+        torch.randn(n, rank, generator=draw) @ mix + torch.randn(n, 256, generator=draw) for n in (count, 4000)
+    )
+    weight = weight_of(64, 256)
+    (found,) = rounded_together([weight], Inputs.of(seen), PACKING)
+    errors = [(unseen @ (one.dequantised(weight) - weight).float().T).norm() for one in (found, PACKING.pack(weight))]
+    assert errors[0] < at_most * errors[1]
 
 
 def test_without_anything_in_common_each_weight_is_rounded_alone():
@@ -74,7 +123,7 @@ def test_inputs_that_say_little(second):
     x = {"zeros": torch.zeros(4, 96), "one input": torch.zeros(4, 96), "as rows": inputs(96, count=3)}[second]
     if second == "one input":
         x[:, 5] = 1
-    found = rounded(weight, x.T @ x, PACKING).dequantised(weight)
+    found = rounded_together([weight], Inputs.of(x), PACKING)[0].dequantised(weight)
     assert torch.isfinite(found).all()
     lost = (x @ (found - weight).float().T).norm()
     assert lost <= (x @ (PACKING.pack(weight).dequantised(weight) - weight).float().T).norm() * 1.001 + 1e-6
@@ -125,7 +174,7 @@ def test_a_run_that_was_interrupted_goes_on(model, tmp_path, options, monkeypatc
 
     quantize(model, tmp_path / "whole", rounding="calibrated", **options)
     done = []
-    own = rounding_pass._round_layer
+    own = rounding_pass._rounded_layer
 
     def interrupted(streamed, index, *rest):
         if index == 2 and len(done) == 2:
@@ -133,7 +182,7 @@ def test_a_run_that_was_interrupted_goes_on(model, tmp_path, options, monkeypatc
         done.append(index)
         return own(streamed, index, *rest)
 
-    monkeypatch.setattr(rounding_pass, "_round_layer", interrupted)
+    monkeypatch.setattr(rounding_pass, "_rounded_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path / "again", rounding="calibrated", **options)
     assert not (tmp_path / "again").exists()
