@@ -47,19 +47,17 @@ def calibrated_values(given: Any, work: Work, weights: Weights, kept: set[str]) 
     """What training sees of all linear layers but `kept` where their 4-bit values are chosen layer by layer."""
     from sloth_plugins.export import open_weights
     from sloth_plugins.quantization import calibration
-    from sloth_plugins.quantization.measuring import rows_of, streamed_of
+    from sloth_plugins.quantization.measuring import rows_of
     from sloth_plugins.quantization.packing import Packed, Packing
-    from sloth_plugins.quantization.rounding_pass import forget, pass_name, round_layers
+    from sloth_plugins.quantization.rounding_pass import chosen_values, forget
 
     folder, packing = work.model(given.model), Packing(dtype=torch.bfloat16)
-    streamed = streamed_of(open_weights(folder), packing, DEVICE)
     rows = rows_of(folder, work.calibration, given.samples, CALIBRATION_LENGTH)
     files = calibration.Work(work.folder / "rounding" / given.model)
-    round_layers(streamed, rows, kept, packing, files, lambda done: None)
+    chosen = chosen_values(open_weights(folder), rows, weights.plain.keys() - kept, kept, packing, DEVICE, files)
     found = {}
-    for name in weights.plain.keys() - kept:
-        plain = weights.plain[name]
-        values = files.read(f"{pass_name(kept)}/{name}")["data"].to(DEVICE)
+    for name, file in chosen.items():
+        plain, values = weights.plain[name], files.read(file)["data"].to(DEVICE)
         found[name] = Packed(values, packing.pack(plain).state).dequantised(plain)
     forget(files)
     return found

@@ -1,4 +1,4 @@
-"""Loss after LoRA fine-tuning on other text (C and C++ headers): 16-bit, NF4, dynamic NF4, and that with each init.
+"""Loss after LoRA fine-tuning on other text (C and C++ headers): 16-bit, NF4, dynamic 4-bit, and that with each init.
 
 Every variant of a seed sees the same rows in the same order; adapters are on all linear layers, of the same rank. The
 bases are loaded by stock transformers, the inits are what `quantize(..., init=...)` has written.
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from .common import DEVICE, PROJECTIONS, Work, calibrated, parser, record, timed, without_bars
 
 INITS = ("qera", "svd", "loftq")
-VARIANTS = ("16-bit", "NF4", "dynamic", "dynamic, calibrated", *(f"dynamic, {init}" for init in INITS))
+VARIANTS = ("16-bit", "NF4", "dynamic, nearest values", "dynamic", *(f"dynamic, {init}" for init in INITS))
 BUDGET = "10%"
 
 
@@ -65,16 +65,13 @@ def variant(name: str, work: Work, given: Any) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         return with_adapter(loaded(folder, quantization_config=config), given.rank)
-    if name == "dynamic":
+    if name == "dynamic, nearest values":
         return with_adapter(loaded(folder, quantization_config=dynamic_config(folder, **measured)), given.rank)
-    init = name.rpartition(" ")[2]
-    if init == "calibrated":
-        made = quantize(
-            folder, work.folder / "quantised" / f"{given.model}-{init}", rounding=init, force=True, **measured
-        )
-        return with_adapter(loaded(made.folder), given.rank)
+    init = name.partition(", ")[2] or None
     out = work.folder / "quantised" / f"{given.model}-{init}"
     made = quantize(folder, out, init=init, rank=given.rank, force=True, **measured)
+    if init is None:
+        return with_adapter(loaded(made.folder), given.rank)
     return load_with_adapter(made.folder, dtype=torch.bfloat16, device_map={"": str(DEVICE)})
 
 

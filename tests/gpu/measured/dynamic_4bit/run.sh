@@ -47,7 +47,7 @@ run() {  # NAME
     evaluate) each "$models outliers" evaluate ${EVALUATE:-} ;;
     finetune) each "$models" finetune ${FINETUNE:-} ;;
     requantize) each "$models" requantize ${REQUANTIZE:-} ;;
-    shape) part shape --write --rounding ${SHAPE:-} ;;
+    shape) part shape --write ${SHAPE:-} ;;
     blocks) part blocks ${BLOCKS:-} ;;
     table) "$py" -m dynamic_4bit.table "$results" ;;
     *) echo "no part $1; see the first lines of $0" >&2; return 2 ;;

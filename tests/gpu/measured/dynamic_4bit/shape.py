@@ -86,7 +86,7 @@ def main() -> None:
     options.add_argument("--tiny", action="store_true", help="write a model of another shape, to try this script")
     options.add_argument("--device", default=DEVICE.type, choices=("cpu", "cuda"))
     options.add_argument("--cap", type=float, default=12, help="GiB of GPU memory")
-    options.add_argument("--rounding", action="store_true", help="choose 4-bit values by calibration, too")
+    options.add_argument("--roundings", nargs="+", default=["nearest", "calibrated"], help="of 4-bit values")
     options.add_argument("--samples", type=int, default=64)
     options.add_argument("--length", type=int, default=512)
     given = options.parse_args()
@@ -115,11 +115,11 @@ def main() -> None:
     }
     with timed(given.results, "shape: calibration", **kind):
         measure(model, cache=cache, **fixed)
-    with timed(given.results, "shape: choosing and writing", **kind):
-        made = quantize(model, out, budget="10%", cache=cache, force=True, **fixed)
-    if given.rounding:
-        with timed(given.results, "shape: choosing 4-bit values and writing", **kind):
-            quantize(model, out, budget="10%", cache=cache, force=True, rounding="calibrated", **fixed)
+    made = None
+    for rounding in given.roundings:
+        with timed(given.results, f"shape: choosing and writing, {rounding} values", **kind):
+            made = quantize(model, out, budget="10%", cache=cache, force=True, rounding=rounding, **fixed)
+    assert made is not None
     values = {"cap_gib": given.cap if on_card else None, "tokens": given.samples * given.length}
     values |= {"bytes": made.decision.total, "all_four_bit": made.decision.measurement.all_four_bit}
     values["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
