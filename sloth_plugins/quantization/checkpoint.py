@@ -60,14 +60,14 @@ def quantize(
     """Write the model of `source` in NF4 into the folder `out`, all but what costs most in 4 bits within `budget`.
 
     Options are those of `dynamic_config`. `rounding` "calibrated", the default, chooses the 4-bit values of each layer
-    by what it computes of the same text; "nearest", which loftq takes, rounds each weight alone. With `init` ("qera",
-    "svd", "loftq") `out/adapter` is a LoRA of `rank` that begins as what quantisation has lost;
+    by what it computes of the same text; "nearest" rounds each weight alone. With `init` ("qera", "svd", "loftq"),
+    which goes with the nearest, `out/adapter` is a LoRA of `rank` that begins as what quantisation has lost;
     `load_with_adapter(out)` loads both. quantization_report.json, .txt and .png say what stays in 16 bits and why.
     Nothing is under the name `out` before all is written; an interrupted run goes on where it stopped. An earlier
     export is replaced only with `force`. Raises SlothError for what the user must act on.
     """
     out = Path(out)
-    rounding = rounding or (NEAREST if init == "loftq" else CALIBRATED)
+    rounding = rounding or (CALIBRATED if init is None else NEAREST)
     check_known("rounding", rounding, ROUNDINGS)
     lora.check_init(init, rank, rounding)
     folder = source_folder(source)
@@ -89,7 +89,7 @@ def quantize(
             rows = rows_of(folder, data, samples, length)
             paths = [linear.name for linear in packed]
             values = chosen_values(weights, rows, paths, decision.kept, packing, place, work)
-        start = None if init is None else lora.Start(init, rank, values)
+        start = None if init is None else lora.Start(init, rank)
         if start is not None:
             lora.initialise(weights, packed, work.read("inputs"), start, packing, place, work)
         shifts = {linear.weight: start.file(linear.name) for linear in packed} if start and init == "loftq" else {}

@@ -21,7 +21,7 @@ def quantize(
     ] = "fisher",
     rounding: Annotated[
         str | None,
-        typer.Option(help="of weights: calibrated, by what their layer computes of the text (default); nearest"),
+        typer.Option(help="of weights: calibrated, by what layers compute of the text (default); nearest"),
     ] = None,
     init: Annotated[
         str | None,

@@ -80,11 +80,8 @@ def round_layers(
 
 
 def forget(work: Work, but: str | None = None) -> None:
-    """Remove what passes have left, those that were never finished too, and adapters that begin as what they lost.
-
-    `but` names a pass that stays.
-    """
-    for folder in (*work.folder.glob("rounded-*"), *work.folder.glob("lora-*/rounded-*")):
+    """Remove what passes have left, those that were never finished too; `but` names one that stays."""
+    for folder in work.folder.glob("rounded-*"):
         if folder.name == but:
             continue
         # First what says how far a pass has come: one that is half removed begins anew.

@@ -27,7 +27,7 @@ def lost(weight):
 
 
 def test_svd_is_the_best_approximation_of_its_rank(weight):
-    factors = _factors(weight, torch.ones(128), Start("svd", RANK, {}), PACKING, None)
+    factors = _factors(weight, torch.ones(128), Start("svd", RANK), PACKING)
     error = lost(weight)
     left = float((error - factors["B"] @ factors["A"]).norm())
     best = float(torch.linalg.svdvals(error.double())[RANK:].square().sum().sqrt())
@@ -56,7 +56,7 @@ def test_an_input_that_is_always_zero_leaves_all_finite(weight):
 
 def test_loftq_loses_less_than_one_round(weight):
     def left(init):
-        f = _factors(weight, torch.ones(128), Start(init, RANK, {}), PACKING, None)
+        f = _factors(weight, torch.ones(128), Start(init, RANK), PACKING)
         base = PACKING.pack(weight - f["shift.B"] @ f["shift.A"]).dequantised(weight)
         return float((weight - base - f["B"] @ f["A"]).norm())
 
@@ -74,7 +74,7 @@ def test_a_rank_beyond_the_weight_begins_with_nothing(weight):
 @pytest.mark.parametrize("init", ["svd", "qera", "loftq"])
 def test_a_is_as_large_as_peft_draws_it(weight, init):
     scale = torch.rand(128, generator=torch.Generator().manual_seed(3)) + 0.1
-    down = _factors(weight, scale, Start(init, RANK, {}), PACKING, None)["A"]
+    down = _factors(weight, scale, Start(init, RANK), PACKING)["A"]
     drawn = torch.nn.init.kaiming_uniform_(torch.empty(4096, 128), a=5**0.5)
     assert torch.allclose(down.norm(dim=1), drawn.norm(dim=1).mean(), rtol=0.01)
 
