@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.formats import dtype_of
 from ..export.weights import open_weights
+from ..processes import say
 from .calibration import Work
 from .decision import BUDGET, Decision, config_of, decide
 from .measuring import LENGTH, SAMPLES, measure, rows_of, source_folder, torch_device
@@ -57,4 +58,7 @@ class OnTheFly:
             for name, module in base.named_modules():
                 path = name.replace(".base_layer", "")
                 if isinstance(module, Linear4bit) and path in values:
-                    module.weight.data.copy_(work.read(values[path])["data"])
+                    module.weight.data.copy_(work.read(values.pop(path))["data"])
+        if values:
+            some = f"{len(values)} of {len(paths)} linear layers"
+            say(f"{some} keep the nearest 4-bit values: as loaded the model has no 4-bit {min(values)}")

@@ -97,3 +97,18 @@ def test_values_are_chosen_once_for_each_choice(model, monkeypatch):
     kept = [path.parent.name for path in measuring.cache_folder().rglob("*.safetensors") if "rounded-" in str(path)]
     assert set(kept) == {rounding_pass.pass_name(())}
     assert len(kept) == 3 * 7
+
+
+def test_layers_that_are_not_there_are_told(model, monkeypatch):
+    lines = []
+    monkeypatch.setattr(on_the_fly, "say", lines.append)
+    made = on_the_fly.OnTheFly.decided(model, "0")
+    loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=made.config(torch.float32))
+    made.put_values(loaded)
+    assert lines == []
+    loaded.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    made.put_values(loaded)
+    assert lines == [
+        "1 of 21 linear layers keep the nearest 4-bit values: "
+        "as loaded the model has no 4-bit model.layers.1.mlp.up_proj"
+    ]
