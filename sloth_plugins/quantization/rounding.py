@@ -35,12 +35,12 @@ class Inputs:
     @classmethod
     def of(cls, x: torch.Tensor) -> Inputs:
         """Of inputs [n, columns], fp32."""
-        return cls(x.T @ x, x.double().square().sum(1).square().sum(), len(x))
+        return cls(x.T @ x, _fourth(x), len(x))
 
     def add(self, x: torch.Tensor) -> None:
         """Take in more inputs [n, columns], fp32."""
         self.second.addmm_(x.T, x)
-        self.fourth += x.double().square().sum(1).square().sum()
+        self.fourth += _fourth(x)
         self.count += len(x)
 
     @property
@@ -57,6 +57,10 @@ class Inputs:
         chance = max(0.0, float(self.fourth) - squares / max(1, self.count))
         share = min(chance / spread, MOST_CHANCE) if spread > 0 else MOST_CHANCE
         return max(DAMPING, share / (1 - share)) * mean
+
+
+def _fourth(x: torch.Tensor) -> torch.Tensor:
+    return x.square().sum(1).double().square().sum()
 
 
 def rounded(weights: Sequence[torch.Tensor], inputs: Inputs, packing: Packing) -> list[Packed]:
